@@ -1,0 +1,1 @@
+"""The engines that run a rank: one module each, behind the interface of ``base``."""

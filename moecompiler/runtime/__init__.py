@@ -1,0 +1,1 @@
+"""What runs when an engine runs: communicators, sessions, sampling, generation."""

@@ -1,0 +1,87 @@
+"""How a rank speaks with its peers, and the communicator of the current thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class Communicator(Protocol):
+    """What a rank needs of its peers. Arrays are C-contiguous float32 of the same shape on every rank of a group."""
+
+    rank: int
+    world_size: int
+
+    def all_reduce(self, array: np.ndarray, group: tuple[int, ...]) -> np.ndarray:
+        """The sum over the group, added in rank order so that every rank holds the same bits."""
+
+    def all_gather(self, array: np.ndarray, group: tuple[int, ...]) -> np.ndarray:
+        """The group's arrays concatenated along the last axis, in rank order."""
+
+    def send(self, array: np.ndarray, to: int) -> None:
+        """Hands an array (any dtype and shape) to one rank, which must ``receive`` it."""
+
+    def receive(self, source: int) -> np.ndarray:
+        """The next array from one rank."""
+
+    def broadcast(self, value: Any, root: int) -> Any:
+        """Root's ``value`` (any picklable object) on every rank."""
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's ``value`` (any picklable object), in rank order, on every rank."""
+
+
+class Alone:
+    """The communicator of a world of one rank."""
+
+    rank = 0
+    world_size = 1
+
+    def all_reduce(self, array: np.ndarray, group: tuple[int, ...]) -> np.ndarray:
+        return array
+
+    def all_gather(self, array: np.ndarray, group: tuple[int, ...]) -> np.ndarray:
+        return array
+
+    def send(self, array: np.ndarray, to: int) -> None:
+        raise ValueError("a world of one rank has nobody to send to")
+
+    def receive(self, source: int) -> np.ndarray:
+        raise ValueError("a world of one rank has nobody to receive from")
+
+    def broadcast(self, value: Any, root: int) -> Any:
+        return value
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value]
+
+
+def add_in_rank_order(parts: list[np.ndarray]) -> np.ndarray:
+    """The one order of summation, so that every communicator gives every rank the same bits."""
+    total = parts[0].copy()
+    for part in parts[1:]:
+        total += part
+    return total
+
+
+# A custom op of an inference engine is called without a word about who calls; the thread is all there is to go by.
+_CURRENT: ContextVar[Communicator] = ContextVar("communicator")
+
+
+@contextmanager
+def using_communicator(communicator: Communicator) -> Iterator[None]:
+    """Collectives called from this thread inside the block go through ``communicator``."""
+    token = _CURRENT.set(communicator)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def current_communicator() -> Communicator:
+    """The communicator set for this thread. Raises LookupError where none is."""
+    return _CURRENT.get()

@@ -1,0 +1,1 @@
+"""Graph-rewrite passes: one file each; ``pipelines`` names their orders."""

@@ -1,0 +1,1 @@
+"""Fused ops: one folder each, with spec, kernels and plugin."""

@@ -1,0 +1,271 @@
+"""Text, tokenizer and held-out protocol of the tiny Mixtral test model.
+
+The text is Python's own standard library, which every machine with Python has. This module chooses the files,
+splits them into training and held-out text, trains the byte-level BPE tokenizer, and fixes how held-out text is
+cut into windows and scored, so that the training script and anyone repeating its numbers use the same rules.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import platform
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+END_OF_TEXT = "<|endoftext|>"  # the one special token, id 0: between files in training, bos and eos in the config
+VOCAB_SIZE = 1536
+EVAL_WINDOW = 512  # tokens per held-out window
+
+# Left out: test suites, installed packages, build leftovers, and `encodings` (generated tables that copy each other).
+EXCLUDED_DIRS = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "lib-dynload"}
+)
+EXCLUDED_FILES = frozenset({"pydoc_data/topics.py", "stringprep.py", "html/entities.py"})  # generated tables
+EXCLUDED_PREFIXES = ("_sysconfigdata", "sitecustomize", "usercustomize")  # written per machine, not part of the source
+HELD_OUT_PER_MILLE = 30  # of the files, by a hash of the path
+HELD_OUT_FILE_BYTES = 7 * 1024  # at most this much of each held-out file goes into heldout.txt
+HELD_OUT_TOTAL_BYTES = 100_000
+
+
+class InputError(ValueError):
+    """Bad input from the user; the message is one line that says what to change."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The library's text after the split: `train` and `validation` hold one string per file.
+
+    `held_out` is the text of heldout.txt, from the heads of `held_out_files`; `validation` is the rest of those files.
+    """
+
+    version: str
+    train: list[str]
+    validation: list[str]
+    held_out: str
+    held_out_files: list[str]
+    sha256: str
+
+    @property
+    def train_bytes(self) -> int:
+        """Bytes of training text in UTF-8."""
+        return sum(len(text.encode()) for text in self.train)
+
+
+def is_source(path: str) -> bool:
+    """Whether the library file at `path` (relative, with slashes) is hand-written source that belongs in the corpus."""
+    *folders, name = path.split("/")
+    if path in EXCLUDED_FILES or name.startswith(EXCLUDED_PREFIXES):
+        return False
+    return not any(folder in EXCLUDED_DIRS or folder.startswith("config-") for folder in folders)
+
+
+def is_held_out(path: str) -> bool:
+    """Whether the file at `path` is held out; depends on the relative path alone, so it is the same everywhere."""
+    digest = hashlib.sha256(path.encode()).digest()
+    return int.from_bytes(digest[:4], "big") % 1000 < HELD_OUT_PER_MILLE
+
+
+def head_of(text: str, limit: int) -> str:
+    """The whole lines at the beginning of `text` that fit in `limit` bytes of UTF-8."""
+    size = 0
+    lines = []
+    for line in text.splitlines(keepends=True):
+        size += len(line.encode())
+        if size > limit:
+            break
+        lines.append(line)
+    return "".join(lines)
+
+
+def load_corpus(root: Path | None = None, version: str | None = None) -> Corpus:
+    """Read the standard library at `root` (default: the running Python's) and split it by file.
+
+    `version` names the Python the files belong to; it is needed when `root` is given, since the files do not say it.
+    """
+    if root is not None and version is None:
+        raise InputError("--corpus needs --corpus-version, the Python version that library belongs to")
+    root = root or Path(sysconfig.get_path("stdlib"))
+    train, validation, heads, held_out_files = [], [], [], []
+    room = HELD_OUT_TOTAL_BYTES
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
+        name = path.relative_to(root).as_posix()
+        if not is_source(name):
+            continue
+        data = path.read_bytes()
+        try:
+            text = data.decode().replace("\r\n", "\n")
+        except UnicodeDecodeError:
+            continue  # a few files of old releases are Latin-1
+        if not text.strip():
+            continue
+        digest.update(f"{name}\0{len(data)}\0".encode() + data)
+        if not is_held_out(name):
+            train.append(text)
+            continue
+        head = head_of(text, min(HELD_OUT_FILE_BYTES, room))
+        room -= len(head.encode())
+        heads.append(head)
+        held_out_files.append(name)
+        if len(text) > len(head):
+            validation.append(text[len(head) :])
+    if not train or not heads or not validation:
+        raise InputError(f"no Python standard library sources found in {root}")
+    version = version or platform.python_version()
+    return Corpus(version, train, validation, "".join(heads), held_out_files, digest.hexdigest())
+
+
+def train_tokenizer(texts: list[str]) -> Tokenizer:
+    """Train the byte-level BPE of `VOCAB_SIZE` entries on `texts`; it adds no special tokens when encoding."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    if tokenizer.get_vocab_size() != VOCAB_SIZE:
+        raise InputError(f"the text is too small for a vocabulary of {VOCAB_SIZE}: got {tokenizer.get_vocab_size()}")
+    return tokenizer
+
+
+def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
+    """Token ids of `texts` as one int64 vector, the end-of-text token before each text and after the last."""
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    ids = [end]
+    for encoding in tokenizer.encode_batch(texts):
+        ids.extend(encoding.ids)
+        ids.append(end)
+    return np.array(ids, dtype=np.int64)
+
+
+def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
+    """Bytes each token stands for, [VOCAB_SIZE]: a byte-level token is spelled with one character per byte."""
+    lengths = [len(tokenizer.id_to_token(index)) for index in range(tokenizer.get_vocab_size())]
+    lengths[tokenizer.token_to_id(END_OF_TEXT)] = 0
+    return np.array(lengths, dtype=np.int64)
+
+
+def eval_windows(ids: np.ndarray, window: int = EVAL_WINDOW) -> Iterator[np.ndarray]:
+    """Consecutive windows of `window` tokens without overlap; a last short one too when it has 2 tokens or more.
+
+    In each window every token but the first is scored, given the window's tokens before it.
+    """
+    for start in range(0, len(ids) - 1, window):
+        yield ids[start : start + window]
+
+
+def scored_tokens(ids: np.ndarray, window: int = EVAL_WINDOW) -> np.ndarray:
+    """The tokens of `ids` that `eval_windows` scores, in order."""
+    return np.concatenate([part[1:] for part in eval_windows(ids, window)])
+
+
+def unigram_nats(counts: np.ndarray, ids: np.ndarray) -> float:
+    """Mean -log p of `ids` in nats, p from the training `counts` [VOCAB_SIZE] with add-one smoothing."""
+    log_probability = np.log((counts + 1) / (counts.sum() + len(counts)))
+    return float(-log_probability[ids].mean())
+
+
+def bits_per_byte(nats_per_token: float, ids: np.ndarray, lengths: np.ndarray) -> float:
+    """Bits per byte of text from the mean nats per token of `ids`; `lengths` is `token_bytes`."""
+    return nats_per_token * len(ids) / math.log(2) / int(lengths[ids].sum())
+
+
+@torch.no_grad()
+def mean_nats(model: MixtralForCausalLM, ids: np.ndarray, device: torch.device) -> float:
+    """Mean -log p in nats of the scored tokens of `ids`, by the window rule of `eval_windows`."""
+    total, count = 0.0, 0
+    for part in eval_windows(ids):
+        window = torch.from_numpy(part)[None].to(device)
+        logits = model(input_ids=window, use_cache=False).logits.float()
+        total += F.cross_entropy(logits[0, :-1], window[0, 1:], reduction="sum").item()
+        count += window.shape[1] - 1
+    return total / count
+
+
+@torch.no_grad()
+def expert_shares(model: MixtralForCausalLM, ids: np.ndarray, device: torch.device) -> list[list[float]]:
+    """Share of the top-k assignments each expert gets on `ids`, [layers][experts]; each layer sums to 1."""
+    config = model.config
+    counts = torch.zeros(config.num_hidden_layers, config.num_local_experts, dtype=torch.int64)
+    for part in eval_windows(ids):
+        window = torch.from_numpy(part)[None].to(device)
+        output = model.model(input_ids=window, use_cache=False, output_router_logits=True)
+        for layer, logits in enumerate(output.router_logits):
+            chosen = torch.topk(logits.float(), config.num_experts_per_tok, dim=-1).indices
+            counts[layer] += torch.bincount(chosen.flatten().cpu(), minlength=config.num_local_experts)
+    return [[round(value, 4) for value in row] for row in (counts / counts.sum(dim=1, keepdim=True)).tolist()]
+
+
+@torch.no_grad()
+def write_samples(
+    model: MixtralForCausalLM, tokenizer: tokenizers.Tokenizer, device: torch.device
+) -> list[dict[str, str]]:
+    """Continue each of `SAMPLE_PROMPTS` by up to 120 tokens, greedily and by sampling from a fixed seed."""
+    samples = []
+    for prompt in SAMPLE_PROMPTS:
+        ids = torch.tensor([tokenizer.encode(prompt).ids], device=device)
+        for method, options in (
+            ("greedy", {"do_sample": False}),
+            ("sampled, temperature 0.7, top-p 0.95", {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 0}),
+        ):
+            torch.manual_seed(0)
+            output = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=120, pad_token_id=0, **options
+            )
+            samples.append({"prompt": prompt, "method": method, "text": tokenizer.decode(output[0].tolist())})
+    return samples
+
+
+def evaluate(directory: Path, device: torch.device, unigram_counts: np.ndarray) -> dict[str, Any]:
+    """Metrics of the model saved in `directory` on its heldout.txt; see "protocol" in the result for the rules."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    text = (directory / "heldout.txt").read_bytes().decode()
+    ids = np.array(tokenizer.encode(text).ids, dtype=np.int64)
+    scored = scored_tokens(ids)
+    lengths = token_bytes(tokenizer)
+    model = MixtralForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, experts_implementation="eager")
+    model.to(device).eval()
+    rough = mean_nats(model, ids, device)
+    model.float()  # the same bfloat16 weights, float32 arithmetic: the numbers then agree between machines
+    nats = mean_nats(model, ids, device)
+    unigram = unigram_nats(unigram_counts, scored)
+    shares = expert_shares(model, ids, device)
+    return {
+        "protocol": (
+            f"heldout.txt encoded whole, without special tokens; consecutive windows of {EVAL_WINDOW} tokens, "
+            "no overlap, the last one shorter; each window is fed alone from position 0 and all its tokens but the "
+            "first are scored; perplexity = exp(mean -log p); bytes are those of the scored tokens"
+        ),
+        "held_out_bytes": len(text.encode()),
+        "held_out_tokens": len(ids),
+        "scored_tokens": len(scored),
+        "scored_bytes": int(lengths[scored].sum()),
+        "perplexity": round(math.exp(nats), 4),
+        "bits_per_byte": round(bits_per_byte(nats, scored, lengths), 4),
+        "perplexity_bfloat16_arithmetic": round(math.exp(rough), 4),
+        "unigram_perplexity": round(math.exp(unigram), 4),
+        "unigram_bits_per_byte": round(bits_per_byte(unigram, scored, lengths), 4),
+        "expert_share_min": min(map(min, shares)),
+        "expert_share_max": max(map(max, shares)),
+        "expert_shares": shares,
+        "samples": write_samples(model, tokenizer, device),
+    }
+
+
+def evaluate_existing(directory: Path, device: torch.device) -> dict[str, Any]:
+    """`evaluate` for a model directory that this script wrote earlier."""
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "heldout.txt", "metrics.json"):
+        if not (directory / name).is_file():
+            raise InputError(f"{directory / name} is missing: --evaluate needs a directory this script wrote")
+    counts = json.loads((directory / "metrics.json").read_text())["unigram_counts"]
+    return evaluate(directory, device, np.array([int(count) for count in counts.split()]))
