@@ -97,7 +97,9 @@ def load_config(source: str | Path) -> ModelConfig:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: not found; give a preset ({', '.join(PRESETS)}), a config.json or its folder") from None
+        raise UserError(
+            f"{path}: not found; give a preset ({', '.join(PRESETS)}), a config.json or its folder"
+        ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(data, dict):

@@ -135,8 +135,9 @@ class Experts(nn.Module):
         self.expert_ids = nn.Buffer(torch.empty(shape.experts, dtype=torch.int64))
 
     def forward(self, x: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-        gate, up = (x @ self.gate_up_proj.transpose(1, 2)).chunk(2, dim=-1)  # each [E, tokens, F]
-        y = (F.silu(gate) * up) @ self.down_proj.transpose(1, 2)  # [E, tokens, H]
+        both = x @ self.gate_up_proj.transpose(1, 2)  # [E, tokens, 2F]
+        half = both.shape[-1] // 2  # slices, not chunk(): that exports as a sequence
+        y = (F.silu(both[..., :half]) * both[..., half:]) @ self.down_proj.transpose(1, 2)  # [E, tokens, H]
         local = share.index_select(1, self.expert_ids).transpose(0, 1)  # [E, tokens]
         return (y.float() * local[..., None]).sum(0).to(x.dtype)
 
@@ -204,15 +205,22 @@ class VocabParallelHead(nn.Module):
 
 
 class Stage(nn.Module):
-    """``MixtralModel``, the layers of one pipeline stage; ends in ``norm`` on the last stage."""
+    """``MixtralModel``, the layers of one pipeline stage; the last one holds ``norm``, for the caller to apply."""
 
-    def __init__(self, config: ModelConfig, mapping: Mapping, rank: int, mode: NormalizationMode, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: ModelConfig,
+        mapping: Mapping,
+        rank: int,
+        mode: NormalizationMode,
+        dtype: torch.dtype,
+        layers: range,
+    ):
         super().__init__()
         shape, group = rank_shape(config, mapping), mapping.tp_group(rank)
         if mapping.is_first_stage(rank):
             self.embed_tokens = VocabParallelEmbedding(shape.vocab, config.hidden_size, group)
         self.rotary_emb = RotaryEmbedding(config, dtype)
-        layers = mapping.layers(rank, config.num_hidden_layers)
         self.layers = nn.ModuleDict({str(i): DecoderLayer(config, shape, mode, group) for i in layers})
         if mapping.is_last_stage(rank):
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -237,6 +245,7 @@ class RankModule(nn.Module):
     ``x`` is ``input_ids [B, S]`` int64 on the first stage, else ``hidden_states [B, S, H]``; ``position_ids [B, S]`` int64
     are the cache slots the tokens are written to; ``last_token_ids [B]`` int64 is the index in S of each sequence's last
     token, or None for the logits of all tokens; ``caches`` are (key, value) ``[B, K, T, D]`` of each local layer.
+    ``layers`` (default: all of the rank's stage) are the layers it holds.
     Returns logits ``[B, vocab]`` (``[B, S, vocab]`` for all) on the last stage, else hidden states ``[B, S, H]``; and the
     updated caches.
     """
@@ -248,9 +257,11 @@ class RankModule(nn.Module):
         rank: int,
         dtype: torch.dtype = torch.float32,
         mode: NormalizationMode = NormalizationMode.RENORMALIZE,
+        layers: range | None = None,
     ):
         super().__init__()
-        self.model = Stage(config, mapping, rank, mode, dtype)
+        layers = mapping.layers(rank, config.num_hidden_layers) if layers is None else layers
+        self.model = Stage(config, mapping, rank, mode, dtype, layers)
         if mapping.is_last_stage(rank):
             rows = rank_shape(config, mapping).vocab
             self.lm_head = VocabParallelHead(config, rows, mapping.tp_group(rank))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
+
+from moecompiler.errors import UserError
+
+T = TypeVar("T")
 
 
 class Communicator(Protocol):
@@ -66,6 +70,20 @@ def add_in_rank_order(parts: list[np.ndarray]) -> np.ndarray:
     for part in parts[1:]:
         total += part
     return total
+
+
+def on_one_rank(communicator: Communicator, root: int, function: Callable[[], T]) -> T:
+    """Calls ``function`` on ``root`` alone; its result (picklable), or the UserError it raises, comes on every rank."""
+    outcome: tuple[bool, Any] | None = None
+    if communicator.rank == root:
+        try:
+            outcome = True, function()
+        except UserError as error:
+            outcome = False, error
+    good, value = communicator.broadcast(outcome, root)
+    if not good:
+        raise value
+    return value
 
 
 # A custom op of an inference engine is called without a word about who calls; the thread is all there is to go by.

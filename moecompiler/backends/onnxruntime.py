@@ -1,0 +1,145 @@
+"""Backend ``onnxruntime``: engines are lowered ONNX files that ONNX Runtime runs on the CPU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from moecompiler.backends.base import EngineLimits
+from moecompiler.backends.onnxruntime_lowering import lower
+from moecompiler.graph import Program, packed_tensors, point_weights_at
+from moecompiler.runtime.communicator import current_communicator
+from moecompiler.safetensors_file import write
+from moecompiler.weights import TensorReader, materialize
+
+_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+
+
+class OnnxRuntimeBackend:
+    """See ``base.Backend``."""
+
+    name = "onnxruntime"
+
+    def version(self) -> str:
+        return f"onnxruntime {onnxruntime.__version__}"
+
+    def notes(self, dtype: str) -> list[str]:
+        """What a user should know of how a dtype is computed."""
+        if dtype == "bfloat16":
+            return ["ONNX Runtime's CPU provider has few bfloat16 kernels: computes in float32 from bfloat16 weights"]
+        return []
+
+    def build(
+        self, program: Program, reader: TensorReader, stem: str, directory: Path, progress: Callable[[float], None]
+    ) -> dict[str, Path]:
+        """Writes ``stem.onnx`` and ``stem.safetensors`` under temporary names; one weight is in memory at a time."""
+        model_name, weights_name = f"{stem}.onnx", f"{stem}.safetensors"
+        staged = {name: directory / f".tmp-{name}" for name in (weights_name, model_name)}
+        total = max(1, sum(recipe.nbytes for recipe in program.weights.values()))
+        written = 0
+
+        def advance(count: int) -> None:
+            nonlocal written
+            written += count
+            progress(written / total)
+
+        write(
+            staged[weights_name],
+            packed_tensors(program),
+            lambda name: materialize(program.weights[name], reader),
+            advance,
+        )
+        model = point_weights_at(lower(program), weights_name).model
+        staged[model_name].write_bytes(model.SerializeToString(deterministic=True))
+        return staged
+
+    def load(self, directory: Path, stem: str, limits: EngineLimits, threads: int) -> OnnxRuntimeSession:
+        return OnnxRuntimeSession(open_session(directory / f"{stem}.onnx", threads), limits)
+
+
+def open_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
+    """Loads an engine file; collectives go through the communicator of the thread that runs it."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.register_custom_ops_library(_collectives_library())
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+@functools.cache
+def _collectives_library() -> str:
+    """Registers the Python ops, once per process, as onnxruntime-extensions wants it; returns its library's path."""
+    from onnxruntime_extensions import PyCustomOpDef, get_library_path, onnx_op
+
+    signature = {
+        "inputs": [PyCustomOpDef.dt_float],
+        "outputs": [PyCustomOpDef.dt_float],
+        "attrs": {"group": PyCustomOpDef.dt_string},
+    }
+
+    @onnx_op(op_type="AllReduce", **signature)
+    def all_reduce(x: np.ndarray, group: str) -> np.ndarray:
+        return current_communicator().all_reduce(np.ascontiguousarray(x), _ranks(group))
+
+    @onnx_op(op_type="AllGather", **signature)
+    def all_gather(x: np.ndarray, group: str) -> np.ndarray:
+        return current_communicator().all_gather(np.ascontiguousarray(x), _ranks(group))
+
+    return get_library_path()
+
+
+def _ranks(group: str) -> tuple[int, ...]:
+    return tuple(int(rank) for rank in group.split(","))
+
+
+class OnnxRuntimeSession:
+    """One rank's engine with its KV cache; see ``runtime.session.StageSession``.
+
+    The cache stays in ONNX Runtime's own tensors: what one step writes is bound as the next step's input.
+    """
+
+    def __init__(self, session: onnxruntime.InferenceSession, limits: EngineLimits):
+        self.session = session
+        self.max_batch_size, self.max_input_len = limits.max_batch_size, limits.max_input_len
+        self.max_seq_len, self.vocab_size = limits.max_seq_len, limits.vocab_size
+        self._inputs = {value.name: value for value in session.get_inputs()}
+        self._outputs = [value.name for value in session.get_outputs()]
+        self._caches: list[onnxruntime.OrtValue] = []
+
+    def start(self, batch: int) -> None:
+        """A zeroed cache for ``batch`` sequences."""
+        self._caches = [
+            onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((batch, *value.shape[1:]), _NUMPY_TYPES[value.type]))
+            for name, value in self._inputs.items()
+            if name.startswith("past_key_values.")
+        ]
+
+    def step(self, x: np.ndarray, position_ids: np.ndarray, last_token_ids: np.ndarray) -> np.ndarray:
+        """See ``StageSession.step``."""
+        binding = self.session.io_binding()
+        main = "input_ids" if "input_ids" in self._inputs else "hidden_states"
+        feeds = {main: x, "position_ids": position_ids, "last_token_ids": last_token_ids}
+        for name, array in feeds.items():
+            if name in self._inputs:
+                wanted = _NUMPY_TYPES[self._inputs[name].type]
+                binding.bind_cpu_input(name, np.ascontiguousarray(array, dtype=wanted))
+        names = [name for name in self._inputs if name.startswith("past_key_values.")]
+        for name, cache in zip(names, self._caches, strict=True):
+            binding.bind_ortvalue_input(name, cache)
+        for name in self._outputs:
+            binding.bind_output(name)
+        self.session.run_with_iobinding(binding)
+        result, *self._caches = binding.get_outputs()
+        return self._last_logits(result.numpy(), last_token_ids)
+
+    def _last_logits(self, result: np.ndarray, last_token_ids: np.ndarray) -> np.ndarray:
+        """Hidden states as they are; logits float32 ``[B, vocab]``, picked here where the engine computes those of all tokens."""
+        if self._outputs[0] != "logits":
+            return result
+        if result.ndim == 3:
+            result = result[np.arange(len(result)), last_token_ids]
+        return result.astype(np.float32)

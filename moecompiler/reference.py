@@ -1,0 +1,51 @@
+"""The PyTorch rank module with its weights: what engines are compared with."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import torch
+
+from moecompiler.config import ModelConfig
+from moecompiler.export import INVERSE_FREQUENCIES, TORCH_DTYPES, ExportOptions
+from moecompiler.mapping import Mapping, rank_shape
+from moecompiler.model import Cache, RankModule
+from moecompiler.sharding import inverse_frequencies, recipe_for
+from moecompiler.weights import TensorReader, materialize
+
+
+def to_torch(array: np.ndarray) -> torch.Tensor:
+    """A tensor over the same memory; numpy's bfloat16 (ml_dtypes) is one that torch does not know by itself."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """A numpy array of the values; bfloat16 becomes float32."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def load_rank_module(
+    config: ModelConfig, mapping: Mapping, rank: int, options: ExportOptions, reader: TensorReader
+) -> RankModule:
+    """One rank's module on the CPU, with the weights that ``sharding`` gives that rank."""
+    with torch.device("meta"):
+        module = RankModule(config, mapping, rank, TORCH_DTYPES[options.dtype], options.normalization_mode)
+    state = {
+        name: to_torch(materialize(recipe_for(name, config, mapping, rank, options.dtype), reader))
+        for name in module.state_dict()
+        if name != INVERSE_FREQUENCIES
+    }
+    state[INVERSE_FREQUENCIES] = torch.from_numpy(inverse_frequencies(config))
+    module.load_state_dict(state, assign=True)
+    return module.eval()
+
+
+def empty_caches(config: ModelConfig, mapping: Mapping, rank: int, options: ExportOptions, batch: int) -> list[Cache]:
+    """A zeroed (key, value) ``[batch, kv_heads, max_seq_len, D]`` for each local layer."""
+    shape = (batch, rank_shape(config, mapping).kv_heads, options.max_seq_len, config.head_dim)
+    dtype = TORCH_DTYPES[options.dtype]
+    layers = mapping.layers(rank, config.num_hidden_layers)
+    return [(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in layers]

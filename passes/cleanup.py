@@ -1,0 +1,95 @@
+"""Clean-up: nodes that only repeat their input are bypassed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from moecompiler.graph import module_of
+from moecompiler.pipeline import Change
+from moecompiler.weights import Recipe
+
+
+class CleanUp:
+    """Removes nodes that do nothing: identities, casts and reshapes to what a tensor is already, slices of everything,
+    concatenations of one tensor, expansions to the same shape."""
+
+    name = "clean-up"
+
+    def rewrite(self, graph: gs.Graph, weights: dict[str, Recipe]) -> list[Change]:
+        changes = []
+        for node in list(graph.nodes):
+            rule = _RULES.get(node.op) if node.domain in ("", None) else None
+            # a node that writes a graph output is what gives the output its name
+            if rule is None or node.outputs[0] in graph.outputs or not rule(node):
+                continue
+            _bypass(node)
+            changes.append(Change(f"removed {node.op}", node.name, module_of(node.name)))
+        return changes
+
+
+def _bypass(node: gs.Node) -> None:
+    source, output = node.inputs[0], node.outputs[0]
+    for reader in list(output.outputs):
+        reader.inputs = [source if tensor is output else tensor for tensor in reader.inputs]
+    node.outputs.clear()
+
+
+def _onnx_dtype(tensor: gs.Tensor) -> int | None:
+    """A tensor's ONNX type; graphsurgeon holds a numpy dtype, or the ONNX type itself where numpy has none."""
+    if tensor.dtype is None or isinstance(tensor.dtype, int):
+        return tensor.dtype
+    return int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype)))
+
+
+def _same_type(a: gs.Tensor, b: gs.Tensor) -> bool:
+    return _onnx_dtype(a) is not None and _onnx_dtype(a) == _onnx_dtype(b)
+
+
+def _same_static_shape(a: gs.Tensor, b: gs.Tensor) -> bool:
+    return _is_static(a.shape) and _is_static(b.shape) and list(a.shape) == list(b.shape)
+
+
+def _is_static(shape: Sequence[int | str] | None) -> bool:
+    return shape is not None and all(isinstance(dim, int) for dim in shape)
+
+
+def _is_noop_cast(node: gs.Node) -> bool:
+    return _onnx_dtype(node.inputs[0]) == int(node.attrs["to"])
+
+
+def _is_noop_slice(node: gs.Node) -> bool:
+    """From 0 to the end in steps of 1, on every axis it names."""
+    data, *bounds = node.inputs
+    if not all(isinstance(tensor, gs.Constant) for tensor in bounds) or data.shape is None:
+        return False
+    starts, ends = bounds[0].values, bounds[1].values
+    axes = bounds[2].values if len(bounds) > 2 else np.arange(len(starts))
+    steps = bounds[3].values if len(bounds) > 3 else np.ones(len(starts), np.int64)
+    return all(
+        start == 0 and step == 1 and _reaches_end(end, data.shape[axis])
+        for start, end, axis, step in zip(starts, ends, axes, steps, strict=True)
+    )
+
+
+def _reaches_end(end: int, dim: int | str) -> bool:
+    return end >= dim if isinstance(dim, int) else bool(end >= np.iinfo(np.int32).max)
+
+
+_RULES: dict[str, Callable[[gs.Node], bool]] = {
+    "Identity": lambda node: True,
+    "Cast": _is_noop_cast,
+    "CastLike": lambda node: _same_type(node.inputs[0], node.inputs[1]),
+    "Concat": lambda node: len(node.inputs) == 1,
+    "Slice": _is_noop_slice,
+    "Reshape": lambda node: _same_static_shape(node.inputs[0], node.outputs[0]),
+    "Expand": lambda node: _same_static_shape(node.inputs[0], node.outputs[0]),
+    "Transpose": lambda node: list(node.attrs.get("perm", ())) == list(range(len(node.attrs.get("perm", ())))) != [],
+    "Unsqueeze": lambda node: isinstance(node.inputs[1], gs.Constant) and node.inputs[1].values.size == 0,
+    "Squeeze": lambda node: (
+        len(node.inputs) > 1 and isinstance(node.inputs[1], gs.Constant) and node.inputs[1].values.size == 0
+    ),
+}
