@@ -4,12 +4,42 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 from moecompiler.errors import UserError
 
 DTYPES = ("float16", "bfloat16", "float32")
+
+
+class NormalizationMode(IntEnum):
+    """How the weights of a token's experts are made of its router logits; the formulas are in ``routing``.
+
+    Numbered as in TensorRT-LLM's ``MoeConfig.ExpertScaleNormalizationMode``.
+    """
+
+    NONE = 0
+    RENORMALIZE = 1
+    SPARSE_MIXER = 2
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What besides model and mapping decides the graph. ``max_seq_len``: slots of the KV cache, in tokens; ``all_logits``:
+    logits of every token instead of each sequence's last."""
+
+    dtype: str = "bfloat16"
+    normalization_mode: NormalizationMode = NormalizationMode.RENORMALIZE
+    max_seq_len: int = 2048
+    all_logits: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"normalization_mode": int(self.normalization_mode)}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> ExportOptions:
+        return ExportOptions(**(data | {"normalization_mode": NormalizationMode(data["normalization_mode"])}))
 
 
 @dataclass(frozen=True)

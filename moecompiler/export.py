@@ -11,7 +11,6 @@ import logging
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import onnx
@@ -20,27 +19,15 @@ import torch
 from onnx import numpy_helper
 
 from moecompiler.collectives import DOMAIN
-from moecompiler.config import ModelConfig
+from moecompiler.config import ExportOptions, ModelConfig
 from moecompiler.graph import IR_VERSION, OPSET, Program, node_name, output_of, weight_tensor
 from moecompiler.mapping import Mapping, rank_shape
 from moecompiler.model import RankModule
-from moecompiler.routing import NormalizationMode
 from moecompiler.sharding import inverse_frequencies, recipe_for
 from moecompiler.stamping import stamp_layers
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 INVERSE_FREQUENCIES = "model.rotary_emb.inv_freq"
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What besides model and mapping decides the graph. ``max_seq_len``: slots of the KV cache, in tokens; ``all_logits``:
-    logits of every token instead of each sequence's last."""
-
-    dtype: str = "bfloat16"
-    normalization_mode: NormalizationMode = NormalizationMode.RENORMALIZE
-    max_seq_len: int = 2048
-    all_logits: bool = False
 
 
 def cache_names(layer: int, prefix: str) -> tuple[str, str]:

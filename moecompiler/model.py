@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from moecompiler.collectives import all_gather, all_reduce
-from moecompiler.config import ModelConfig
+from moecompiler.config import ModelConfig, NormalizationMode
 from moecompiler.mapping import Mapping, RankShape, rank_shape
-from moecompiler.routing import NormalizationMode, route
+from moecompiler.routing import route
 
 Cache = tuple[torch.Tensor, torch.Tensor]
 

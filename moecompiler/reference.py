@@ -6,8 +6,8 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from moecompiler.config import ModelConfig
-from moecompiler.export import INVERSE_FREQUENCIES, TORCH_DTYPES, ExportOptions
+from moecompiler.config import ExportOptions, ModelConfig
+from moecompiler.export import INVERSE_FREQUENCIES, TORCH_DTYPES
 from moecompiler.mapping import Mapping, rank_shape
 from moecompiler.model import Cache, RankModule
 from moecompiler.sharding import inverse_frequencies, recipe_for

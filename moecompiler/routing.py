@@ -13,19 +13,11 @@ With logits ``z [tokens, experts]``, ``k`` experts a token, and ``softmax`` over
 
 from __future__ import annotations
 
-from enum import IntEnum
-
 import torch
 
+from moecompiler.config import NormalizationMode
+
 SPARSE_MIXER_EPSILON = 0.01
-
-
-class NormalizationMode(IntEnum):
-    """Numbered as in TensorRT-LLM's ``MoeConfig.ExpertScaleNormalizationMode``."""
-
-    NONE = 0
-    RENORMALIZE = 1
-    SPARSE_MIXER = 2
 
 
 def route(logits: torch.Tensor, top_k: int, mode: NormalizationMode) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 
+from moecompiler.atomic import temporary_path
 from moecompiler.backends.base import EngineLimits
 from moecompiler.backends.onnxruntime_lowering import lower
 from moecompiler.graph import Program, packed_tensors, point_weights_at
@@ -16,6 +20,8 @@ from moecompiler.runtime.communicator import current_communicator
 from moecompiler.safetensors_file import write
 from moecompiler.weights import TensorReader, materialize
 
+# onnxruntime-extensions registers its ops without a lock: two ranks of one process that load at once crash it
+_ONE_AT_A_TIME = threading.Lock()
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
 
@@ -38,7 +44,7 @@ class OnnxRuntimeBackend:
     ) -> dict[str, Path]:
         """Writes ``stem.onnx`` and ``stem.safetensors`` under temporary names; one weight is in memory at a time."""
         model_name, weights_name = f"{stem}.onnx", f"{stem}.safetensors"
-        staged = {name: directory / f".tmp-{name}" for name in (weights_name, model_name)}
+        staged = {name: temporary_path(directory / name) for name in (weights_name, model_name)}
         total = max(1, sum(recipe.nbytes for recipe in program.weights.values()))
         written = 0
 
@@ -66,14 +72,16 @@ def open_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    options.register_custom_ops_library(_collectives_library())
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    with _ONE_AT_A_TIME:
+        options.register_custom_ops_library(_collectives_library())
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 @functools.cache
 def _collectives_library() -> str:
     """Registers the Python ops, once per process, as onnxruntime-extensions wants it; returns its library's path."""
-    from onnxruntime_extensions import PyCustomOpDef, get_library_path, onnx_op
+    with _hidden("torch", "transformers"):
+        from onnxruntime_extensions import PyCustomOpDef, get_library_path, onnx_op
 
     signature = {
         "inputs": [PyCustomOpDef.dt_float],
@@ -90,6 +98,18 @@ def _collectives_library() -> str:
         return current_communicator().all_gather(np.ascontiguousarray(x), _ranks(group))
 
     return get_library_path()
+
+
+@contextmanager
+def _hidden(*packages: str) -> Iterator[None]:
+    """onnxruntime-extensions imports these, if it can, for converters that nobody calls here: seconds in every rank."""
+    absent = [package for package in packages if package not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for package in absent:
+            del sys.modules[package]
 
 
 def _ranks(group: str) -> tuple[int, ...]:

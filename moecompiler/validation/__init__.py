@@ -1,0 +1,1 @@
+"""Is what runs still the model? Engines against PyTorch, rank by rank, recombined, and layer by layer."""

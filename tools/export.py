@@ -1,0 +1,94 @@
+"""Verb ``export``: a checkpoint → one ONNX graph per rank, weights by reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import moecompiler
+from moecompiler.artifact import writing
+from moecompiler.atomic import fingerprint, temporary_path
+from moecompiler.mapping import Mapping
+from moecompiler.tools import options as opt
+from moecompiler.tools.job import Job, make_job, ranks_asked_for, resolve_export, resolve_source, versions
+from moecompiler.workers import ProgressFn, run_ranks
+
+
+def export(
+    output_dir: opt.OutputDir,
+    model_dir: opt.ModelDir = None,
+    model: opt.Model = None,
+    num_layers: opt.NumLayers = None,
+    dummy_seed: opt.DummySeed = 0,
+    check_finite: opt.CheckFinite = False,
+    dtype: opt.DataType = opt.DType.auto,
+    tp_size: opt.TpSize = 1,
+    pp_size: opt.PpSize = 1,
+    moe_tp_size: opt.MoeTpSize = None,
+    moe_ep_size: opt.MoeEpSize = None,
+    moe_normalization_mode: opt.NormalizationOption = opt.Normalization.renormalize,
+    max_seq_len: opt.MaxSeqLen = None,
+    gather_context_logits: opt.GatherContextLogits = False,
+    workers: opt.Workers = 1,
+    rank: opt.Rank = None,
+) -> None:
+    """Export a checkpoint to ONNX, rank by rank (the old convert_checkpoint)."""
+    mapping = Mapping.create(tp_size, pp_size, moe_tp_size, moe_ep_size)
+    config, source = resolve_source(model_dir, model, num_layers, dummy_seed, check_finite)
+    graph = resolve_export(config, dtype, moe_normalization_mode, max_seq_len, gather_context_logits)
+    run_export(make_job(config, source, mapping, graph), output_dir, workers, rank)
+    print(f"exported {mapping.world_size} rank(s) to {output_dir}")
+
+
+def run_export(job: Job, output_dir: Path, workers: int = 1, rank: int | None = None) -> None:
+    """Exports what of ``job`` is not in ``output_dir`` yet. A stage's ranks share a graph, so stages are the unit of work."""
+    ranks = ranks_asked_for(job.mapping.world_size, rank)
+    header = job.header() | {"versions": versions("torch", "onnx", "onnxscript")}
+    with writing(output_dir, "export", job.mapping.world_size, header) as writer:
+        missing = [r for r in ranks if not writer.is_done(r, _key(job, r, header))]
+        by_stage: dict[int, list[int]] = {}
+        for each in missing:
+            by_stage.setdefault(job.mapping.pp_rank(each), []).append(each)
+
+        def commit(label: str, files: dict[int, dict[str, Path]]) -> None:
+            for each, staged in files.items():
+                writer.commit_rank(each, _key(job, each, header), staged, {"stage": job.mapping.pp_rank(each)})
+
+        labels = {_label(members): tuple(members) for members in by_stage.values()}
+        run_ranks(_ExportStage(job, output_dir, labels), list(labels), workers, "export", on_result=commit)
+
+
+def _label(ranks: Sequence[int]) -> str:
+    return "rank " + ("–".join(map(str, (ranks[0], ranks[-1]))) if len(ranks) > 1 else str(ranks[0]))
+
+
+def _key(job: Job, rank: int, header: dict[str, object]) -> str:
+    """What a rank's graph depends on; the weights' files are not among it, for the graph only names tensors."""
+    parts = (job.model.to_json(), job.mapping.to_json(), job.export.to_json(), rank, header["versions"])
+    return fingerprint("export", moecompiler.__version__, *parts)
+
+
+@dataclass(frozen=True)
+class _ExportStage:
+    """The task: exports one stage and writes its ranks' files under temporary names."""
+
+    job: Job
+    directory: Path
+    ranks: dict[str, tuple[int, ...]]
+
+    def __call__(self, label: str, progress: ProgressFn) -> dict[int, dict[str, Path]]:
+        from moecompiler.export import export_rank, with_recipes
+        from moecompiler.graph import serialize
+
+        job, ranks = self.job, self.ranks[label]
+        program = export_rank(job.model, job.mapping, ranks[0], job.export)
+        progress(0.9)
+        files = {}
+        for rank in ranks:
+            mine = with_recipes(program.model, job.model, job.mapping, rank, job.export)
+            names = (f"rank{rank}.onnx", f"rank{rank}.weights.json")
+            files[rank] = {name: temporary_path(self.directory / name) for name in names}
+            for path, content in zip(files[rank].values(), serialize(mine, f"rank{rank}"), strict=True):
+                path.write_bytes(content)
+        return files

@@ -1,0 +1,124 @@
+"""Verb ``inspect``: what is in an output directory."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from moecompiler.artifact import Artifact
+from moecompiler.tools import options as opt
+from moecompiler.tools.job import Job
+from moecompiler.tools.printing import byte_size
+
+
+def inspect(
+    directory: Annotated[opt.Path, typer.Argument(help="What `export`, `optimize`, `build` or `compile` wrote.")],
+    as_json: opt.Json = False,
+) -> None:
+    """Show ranks, sizes, inputs and outputs, ops, and where the weights are."""
+    data = describe(Artifact.open(directory))
+    if as_json:
+        print(json.dumps(data, indent=2))
+        return
+    console = Console()
+    _print_summary(console, data)
+    for each in data["ranks"]:
+        _print_rank(console, each)
+
+
+def describe(artifact: Artifact) -> dict[str, Any]:
+    """What the manifest and the graphs of an artifact say; no weight is read."""
+    job = Job.of(artifact)
+    return {
+        "directory": str(artifact.directory),
+        "stage": artifact.stage,
+        "world_size": artifact.world_size,
+        "mapping": job.mapping.to_json(),
+        "model": job.model.to_json(),
+        "export": job.export.to_json(),
+        "weights_from": _weights_from(job),
+        "pipeline": artifact.header.get("pipeline"),
+        "backend": artifact.header.get("backend"),
+        "limits": artifact.header.get("limits"),
+        "ranks": [_describe_rank(artifact, job, rank) for rank in artifact.ranks],
+    }
+
+
+def _weights_from(job: Job) -> str:
+    if job.source["kind"] == "hf":
+        return str(job.source["model_dir"])
+    return f"dummy weights of seed {job.source['seed']}"
+
+
+def _describe_rank(artifact: Artifact, job: Job, rank: int) -> dict[str, Any]:
+    from moecompiler.graph import load_program
+
+    graph = load_program(artifact.path(f"rank{rank}.onnx")).model.graph
+    files = {name: record.bytes for name, record in artifact.rank_files(rank).items()}
+    layers = job.mapping.layers(rank, job.model.num_hidden_layers)
+    packed = [name for name in files if name.endswith(".safetensors")]
+    return {
+        "rank": rank,
+        "layers": [layers.start, layers.stop - 1],
+        "files": files,
+        "weights": packed[0] if packed else f"by reference in {_weights_from(job)}",
+        "inputs": [_signature(value) for value in graph.input],
+        "outputs": [_signature(value) for value in graph.output],
+        "ops": dict(Counter(_op(node) for node in graph.node).most_common()),
+        "passes": artifact.rank_info(rank).get("passes", []),
+    }
+
+
+def _op(node: Any) -> str:
+    return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+
+
+def _signature(value: Any) -> str:
+    import onnx
+
+    tensor = value.type.tensor_type
+    dims = ", ".join(dim.dim_param or str(dim.dim_value) for dim in tensor.shape.dim)
+    return f"{value.name}: {onnx.TensorProto.DataType.Name(tensor.elem_type).lower()} [{dims}]"
+
+
+def _print_summary(console: Console, data: dict[str, Any]) -> None:
+    model = data["model"]
+    table = Table(show_header=False, box=None)
+    table.add_row("stage", data["stage"])
+    table.add_row(
+        "model",
+        f"{model['num_hidden_layers']} layers, hidden {model['hidden_size']}, {model['num_local_experts']} experts"
+        f" (top {model['num_experts_per_tok']}), vocabulary {model['vocab_size']}",
+    )
+    table.add_row("weights", data["weights_from"])
+    table.add_row("dtype", data["export"]["dtype"])
+    table.add_row("mapping", ", ".join(f"{name} {size}" for name, size in data["mapping"].items()))
+    for key in ("pipeline", "backend"):
+        if data[key]:
+            table.add_row(key, data[key])
+    if data["limits"]:
+        table.add_row("limits", ", ".join(f"{name} {value}" for name, value in data["limits"].items()))
+    console.print(table)
+
+
+def _print_rank(console: Console, data: dict[str, Any]) -> None:
+    first, last = data["layers"]
+    console.print(f"\n[bold]rank {data['rank']}[/bold]: layers {first} to {last}, weights {data['weights']}")
+    for name, size in data["files"].items():
+        console.print(f"  {name}  {byte_size(size)}", highlight=False)
+    caches = ("past_key_values.", "present.")
+    for kind in ("inputs", "outputs"):
+        shown = [text for text in data[kind] if not text.startswith(caches)]
+        example = next((text for text in data[kind] if text.startswith(caches)), "no cache")
+        count = len(data[kind]) - len(shown)
+        console.print(f"  {kind}: {'; '.join(shown)}; {count} caches like {example}", highlight=False, markup=False)
+    ops = ", ".join(f"{op} {count}" for op, count in data["ops"].items())
+    console.print(f"  ops: {ops}", highlight=False)
+    for step in data["passes"]:
+        nodes = f"{step['nodes_before']} → {step['nodes_after']} nodes"
+        console.print(f"  pass {step['name']}: {step['matches']} matches, {nodes}", highlight=False)

@@ -1,0 +1,103 @@
+"""What the steps of a compile share: which model, split how, exported how, and where its weights are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from moecompiler.artifact import Artifact
+from moecompiler.checkpoint import open_checkpoint
+from moecompiler.config import ExportOptions, ModelConfig, load_config
+from moecompiler.dummy import DummyCheckpoint
+from moecompiler.errors import UserError
+from moecompiler.mapping import Mapping, check_mapping
+
+
+@dataclass(frozen=True)
+class Job:
+    """``source``: the identity of the checkpoint, see ``checkpoint.Source.identity``."""
+
+    model: ModelConfig
+    mapping: Mapping
+    export: ExportOptions
+    source: dict[str, Any]
+
+    def header(self) -> dict[str, Any]:
+        return {
+            "model": self.model.to_json(),
+            "mapping": self.mapping.to_json(),
+            "export": self.export.to_json(),
+            "source": self.source,
+        }
+
+    @staticmethod
+    def of(artifact: Artifact) -> Job:
+        header = artifact.header
+        return Job(
+            ModelConfig.from_json(header["model"]),
+            Mapping(**header["mapping"]),
+            ExportOptions.from_json(header["export"]),
+            header["source"],
+        )
+
+
+def resolve_source(
+    model_dir: Path | None, model: str | None, num_layers: int | None, dummy_seed: int, check_finite: bool
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model and the identity of its weights: a checkpoint's, or dummy ones.
+
+    Raises: UserError where neither or both are given, or the checkpoint does not hold the model its config describes.
+    """
+    if model_dir is not None and model is not None:
+        raise UserError("--model_dir and --model exclude each other: real weights, or dummy ones")
+    if model_dir is not None:
+        if not model_dir.is_dir():
+            found = "is not a directory" if model_dir.exists() else "not found"
+            raise UserError(f"--model_dir {model_dir}: {found}; give the folder of a Hugging Face checkpoint")
+        config = load_config(model_dir).with_layers(num_layers)
+        return config, open_checkpoint(model_dir, config, check_finite=check_finite).identity()
+    if model is None:
+        raise UserError("give --model_dir, or --model 8x7b, 8x22b or a config.json for dummy weights")
+    config = load_config(model).with_layers(num_layers)
+    return config, DummyCheckpoint(config, dummy_seed, config.dtype).identity()
+
+
+def resolve_export(
+    config: ModelConfig, dtype: str, normalization_mode: str, max_seq_len: int | None, all_logits: bool
+) -> ExportOptions:
+    """Raises: UserError where the cache could not hold a token and its successor."""
+    from moecompiler.config import NormalizationMode
+
+    mode = (
+        NormalizationMode(int(normalization_mode))
+        if normalization_mode.isdigit()
+        else NormalizationMode[normalization_mode.upper()]
+    )
+    slots = min(config.max_position_embeddings, 2048) if max_seq_len is None else max_seq_len
+    if not 2 <= slots <= config.max_position_embeddings:
+        raise UserError(
+            f"--max_seq_len {slots}: give 2 to {config.max_position_embeddings}, the model's max_position_embeddings"
+        )
+    return ExportOptions(config.dtype if dtype == "auto" else dtype, mode, slots, all_logits)
+
+
+def make_job(config: ModelConfig, source: dict[str, Any], mapping: Mapping, export: ExportOptions) -> Job:
+    """Raises: UserError where the model cannot be split so."""
+    check_mapping(config, mapping)
+    return Job(config, mapping, export, source)
+
+
+def ranks_asked_for(world_size: int, rank: int | None) -> list[int]:
+    """All ranks, or the one of ``--rank``. Raises: UserError where there is no such rank."""
+    if rank is None:
+        return list(range(world_size))
+    if not 0 <= rank < world_size:
+        raise UserError(f"--rank {rank}: the world has ranks 0 to {world_size - 1}")
+    return [rank]
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The installed versions of ``packages``, without importing them."""
+    return {package: version(package) for package in packages}

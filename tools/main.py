@@ -1,0 +1,98 @@
+"""The command line: a table of verbs, and how it speaks when something is wrong."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import typer
+
+from moecompiler import __version__
+from moecompiler.errors import UserError
+from moecompiler.tools.build import build
+from moecompiler.tools.compile import compile_
+from moecompiler.tools.export import export
+from moecompiler.tools.inspection import inspect
+from moecompiler.tools.optimize import optimize
+from moecompiler.tools.run import run
+from moecompiler.tools.validate import validate
+
+VERBS: dict[str, Callable[..., Any]] = {
+    "compile": compile_,
+    "export": export,
+    "optimize": optimize,
+    "build": build,
+    "run": run,
+    "validate": validate,
+    "inspect": inspect,
+}
+# options that take one value or several: --input_text "one" "two"
+VARIADIC = ("--input_text",)
+USER_ERROR = 2
+
+
+def make_app() -> typer.Typer:
+    """The typer application with every verb."""
+    app = typer.Typer(
+        name="moecompiler",
+        help="Compile Mixtral-style mixture-of-experts checkpoints into engines, run them, and check them.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    for name, function in VERBS.items():
+        app.command(name)(function)
+
+    @app.callback(invoke_without_command=True)
+    def version_option(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+        if version:
+            print(f"moecompiler {__version__}")
+            raise typer.Exit
+
+    return app
+
+
+def normalize(arguments: Sequence[str]) -> list[str]:
+    """``--tp-size`` → ``--tp_size``, and ``--input_text a b`` → ``--input_text a --input_text b``."""
+    result: list[str] = []
+    repeating, has_value = "", False
+    for argument in arguments:
+        if argument.startswith("--") and len(argument) > 2:
+            name, equals, value = argument.partition("=")
+            name = "--" + name[2:].replace("-", "_")
+            repeating, has_value = (name if name in VARIADIC and not equals else ""), False
+            result.append(name + equals + value)
+        elif repeating and has_value:
+            result += [repeating, argument]
+        else:
+            has_value = True
+            result.append(argument)
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status: 2 for bad input, said in one line on stderr."""
+    arguments = normalize(sys.argv[1:] if arguments is None else arguments)
+    command = typer.main.get_command(make_app())
+    try:
+        status = command.main(args=arguments, prog_name="moecompiler", standalone_mode=False)
+    except UserError as error:
+        return complain(str(error))
+    except (typer.Abort, KeyboardInterrupt):
+        return 130
+    except Exception as error:
+        # what is wrong with the arguments themselves: typer carries its own copy of click and exports no common base
+        if message := getattr(error, "format_message", None):
+            return complain(f"{message()} (see moecompiler {' '.join(arguments[:1])} --help)")
+        raise
+    return status if isinstance(status, int) else 0
+
+
+def complain(message: str) -> int:
+    print(f"moecompiler: error: {' '.join(message.split())}", file=sys.stderr)
+    return USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

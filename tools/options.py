@@ -1,0 +1,121 @@
+"""The command line's options: their names, types and help, once for all verbs."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_SOURCE, _PARALLEL, _GRAPH, _ENGINE, _WORK = "Checkpoint", "Parallel mapping", "Graph", "Engine", "Work"
+
+
+class DType(StrEnum):
+    """``auto``: the checkpoint's."""
+
+    auto = "auto"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class PluginDType(StrEnum):
+    """What TensorRT-LLM's ``--gemm_plugin`` takes."""
+
+    auto = "auto"
+    disable = "disable"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class Normalization(StrEnum):
+    """``--moe_normalization_mode`` by number, as in TensorRT-LLM, or by name."""
+
+    number_0 = "0"
+    number_1 = "1"
+    number_2 = "2"
+    none = "none"
+    renormalize = "renormalize"
+    sparse_mixer = "sparse_mixer"
+
+
+ModelDir = Annotated[
+    Path | None, typer.Option("--model_dir", help="Folder of a Hugging Face checkpoint.", rich_help_panel=_SOURCE)
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", help="8x7b, 8x22b or a config.json: compile it with dummy weights.", rich_help_panel=_SOURCE
+    ),
+]
+NumLayers = Annotated[
+    int | None, typer.Option("--num_layers", help="Only the first N layers.", rich_help_panel=_SOURCE)
+]
+DummySeed = Annotated[int, typer.Option("--dummy_seed", help="Seed of dummy weights.", rich_help_panel=_SOURCE)]
+CheckFinite = Annotated[
+    bool,
+    typer.Option(
+        "--check_finite", help="Read every weight first and refuse NaN and infinity.", rich_help_panel=_SOURCE
+    ),
+]
+
+TpSize = Annotated[int, typer.Option("--tp_size", help="Tensor-parallel ranks of a stage.", rich_help_panel=_PARALLEL)]
+PpSize = Annotated[int, typer.Option("--pp_size", help="Pipeline stages.", rich_help_panel=_PARALLEL)]
+MoeTpSize = Annotated[
+    int | None,
+    typer.Option("--moe_tp_size", help="Ranks that share an expert (default: all).", rich_help_panel=_PARALLEL),
+]
+MoeEpSize = Annotated[
+    int | None,
+    typer.Option("--moe_ep_size", help="Ranks that experts are dealt over (default: 1).", rich_help_panel=_PARALLEL),
+]
+
+DataType = Annotated[DType, typer.Option("--dtype", help="Type of weights and activations.", rich_help_panel=_GRAPH)]
+NormalizationOption = Annotated[
+    Normalization,
+    typer.Option(
+        "--moe_normalization_mode",
+        help="Expert weights: 0 none, 1 renormalize (Mixtral's), 2 sparse_mixer.",
+        rich_help_panel=_GRAPH,
+    ),
+]
+MaxSeqLen = Annotated[
+    int | None,
+    typer.Option(
+        "--max_seq_len",
+        help="Slots of the KV cache, prompt and output together (default: the model's, at most 2048).",
+        rich_help_panel=_GRAPH,
+    ),
+]
+GatherContextLogits = Annotated[
+    bool,
+    typer.Option(
+        "--gather_context_logits", help="Logits of every token instead of each prompt's last.", rich_help_panel=_GRAPH
+    ),
+]
+Pipeline = Annotated[str, typer.Option("--pipeline", help="Which list of passes to run.", rich_help_panel=_GRAPH)]
+
+Backend = Annotated[str, typer.Option("--backend", help="What runs the engines.", rich_help_panel=_ENGINE)]
+MaxBatchSize = Annotated[int, typer.Option("--max_batch_size", help="Most sequences at once.", rich_help_panel=_ENGINE)]
+MaxInputLen = Annotated[
+    int | None,
+    typer.Option(
+        "--max_input_len", help="Longest prompt in tokens (default: max_seq_len - 1).", rich_help_panel=_ENGINE
+    ),
+]
+GemmPlugin = Annotated[
+    PluginDType,
+    typer.Option(
+        "--gemm_plugin", help="Matrix products by plugin, where the backend has one.", rich_help_panel=_ENGINE
+    ),
+]
+
+OutputDir = Annotated[Path, typer.Option("--output_dir", help="Where the result goes.", rich_help_panel=_WORK)]
+CheckpointDir = Annotated[
+    Path, typer.Option("--checkpoint_dir", help="What `export` or `optimize` wrote.", rich_help_panel=_WORK)
+]
+EngineDir = Annotated[Path, typer.Option("--engine_dir", help="What `compile` or `build` wrote.")]
+Workers = Annotated[int, typer.Option("--workers", help="Ranks worked on in parallel.", rich_help_panel=_WORK)]
+Rank = Annotated[int | None, typer.Option("--rank", help="Only this rank.", rich_help_panel=_WORK)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

@@ -1,0 +1,246 @@
+"""Verb ``run``: text from engines, alone, under ``mpirun``, or with all ranks as threads."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from moecompiler.artifact import Artifact
+from moecompiler.backends.base import EngineLimits, find_backend
+from moecompiler.errors import UserError
+from moecompiler.runtime.communicator import Communicator, on_one_rank, using_communicator
+from moecompiler.runtime.generation import Generation, GenerationOptions, generate
+from moecompiler.runtime.mpi import abort, world
+from moecompiler.runtime.outputs import check_writable, write_logits_npy, write_tokens_csv, write_tokens_npy
+from moecompiler.runtime.prompts import Tokenizer, load_tokenizer, read_prompts
+from moecompiler.runtime.sampling import SamplingOptions
+from moecompiler.runtime.session import StageSession
+from moecompiler.runtime.threads import run_in_threads
+from moecompiler.tools import options as opt
+from moecompiler.tools.job import Job
+from moecompiler.tools.printing import TextPrinter, summary_line
+
+T = TypeVar("T")
+_PROMPT, _CHOICE, _OUT, _HOW = "Prompts", "Choosing tokens", "Output files", "How to run"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a run is asked for, the same on every rank."""
+
+    engine_dir: Path
+    input_text: tuple[str, ...]
+    input_file: Path | None
+    tokenizer_dir: Path | None
+    max_output_len: int
+    sampling: SamplingOptions
+    output_npy: Path | None
+    output_csv: Path | None
+    output_logits_npy: Path | None
+    summary_json: Path | None
+    threads: int
+    check_hashes: bool
+
+
+def run(
+    engine_dir: opt.EngineDir,
+    max_output_len: Annotated[int, typer.Option("--max_output_len", help="Most tokens to generate.")],
+    input_text: Annotated[
+        list[str] | None, typer.Option("--input_text", help="One or more prompts.", rich_help_panel=_PROMPT)
+    ] = None,
+    input_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--input_file", help="Prompts: lines of text, or token ids in .csv or .npy.", rich_help_panel=_PROMPT
+        ),
+    ] = None,
+    tokenizer_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--tokenizer_dir", help="Folder of the tokenizer (default: the engine's).", rich_help_panel=_PROMPT
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", help="Divides the logits.", rich_help_panel=_CHOICE)
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top_k", help="Choose among the k most likely.", rich_help_panel=_CHOICE)
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option("--top_p", help="Choose among the most likely that sum to p.", rich_help_panel=_CHOICE),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the choice.", rich_help_panel=_CHOICE)] = 0,
+    repetition_penalty: Annotated[
+        float, typer.Option("--repetition_penalty", help="Above 1: repeat less.", rich_help_panel=_CHOICE)
+    ] = 1.0,
+    output_npy: Annotated[
+        Path | None, typer.Option("--output_npy", help="Token ids, prompt included.", rich_help_panel=_OUT)
+    ] = None,
+    output_csv: Annotated[
+        Path | None, typer.Option("--output_csv", help="Token ids, prompt included.", rich_help_panel=_OUT)
+    ] = None,
+    output_logits_npy: Annotated[
+        Path | None,
+        typer.Option("--output_logits_npy", help="Logits of the generated steps, float32.", rich_help_panel=_OUT),
+    ] = None,
+    summary_json: Annotated[
+        Path | None, typer.Option("--summary_json", help="Times and counts.", rich_help_panel=_OUT)
+    ] = None,
+    in_process: Annotated[
+        bool, typer.Option("--in_process", help="All ranks as threads of this process.", rich_help_panel=_HOW)
+    ] = False,
+    threads: Annotated[
+        int, typer.Option("--threads", help="CPU threads of each rank (0: cores shared out).", rich_help_panel=_HOW)
+    ] = 0,
+    check_hashes: Annotated[
+        bool,
+        typer.Option("--check_hashes/--no_check_hashes", help="Compare files with the manifest.", rich_help_panel=_HOW),
+    ] = True,
+) -> int:
+    """Generate text with engines: alone, or under `mpirun -n WORLD`."""
+    sampling = SamplingOptions(temperature, top_k, top_p, seed, repetition_penalty)
+    request = Request(
+        engine_dir,
+        tuple(input_text or ()),
+        input_file,
+        tokenizer_dir,
+        max_output_len,
+        sampling,
+        output_npy,
+        output_csv,
+        output_logits_npy,
+        summary_json,
+        threads,
+        check_hashes,
+    )
+    if in_process:
+        run_in_threads(Artifact.open(engine_dir, ("engine",)).world_size, lambda each: run_rank(request, each))
+        return 0
+    return _under_launcher(request, world(os.environ))
+
+
+def _under_launcher(request: Request, communicator: Communicator) -> int:
+    """Runs this process's rank. An error that all ranks see ends each of them with its own line; any other ends them all."""
+    try:
+        with using_communicator(communicator):
+            run_rank(request, communicator)
+    except UserError:
+        raise
+    except BaseException as error:
+        if communicator.world_size == 1:
+            raise
+        traceback.print_exc()
+        print(f"moecompiler: rank {communicator.rank} failed ({error!r}); ending all ranks", file=sys.stderr)
+        abort(communicator, 1)
+    return 0
+
+
+def run_rank(request: Request, communicator: Communicator) -> Generation:
+    """One rank's whole run. Raises: UserError, on every rank, where any rank cannot do what is asked."""
+    artifact = together(communicator, lambda: Artifact.open(request.engine_dir, ("engine",)))
+    job = Job.of(artifact)
+    if communicator.world_size != job.mapping.world_size:
+        raise UserError(
+            f"{request.engine_dir}: was compiled for {job.mapping.world_size} rank(s) ({job.mapping}), but"
+            f" {communicator.world_size} run: start it with `mpirun -n {job.mapping.world_size}`, or with --in_process"
+        )
+    options = together(communicator, lambda: _generation_options(request, job))
+    session = together(communicator, lambda: load_rank(artifact, communicator, request.threads, request.check_hashes))
+    tokenizers: list[Tokenizer] = []
+
+    def tokenizer() -> Tokenizer:
+        if not tokenizers:
+            tokenizers.append(load_tokenizer(_tokenizer_dir(request), job.model.vocab_size))
+        return tokenizers[0]
+
+    pad_id = min(job.model.eos_token_ids, default=0)
+    prompts = on_one_rank(
+        communicator,
+        0,
+        lambda: read_prompts(request.input_text, request.input_file, tokenizer, job.model.vocab_size, pad_id),
+    )
+    printer = TextPrinter(prompts, tokenizers[0] if tokenizers else None) if communicator.rank == 0 else None
+    result = generate(session, communicator, job.mapping, prompts, options, printer.show if printer else None)
+    if printer:
+        printer.finish()
+        _write_outputs(request, prompts, result, pad_id)
+    return result
+
+
+def load_rank(artifact: Artifact, communicator: Communicator, threads: int, check_hashes: bool) -> StageSession:
+    """This rank's engine, its files checked first; 0 ``threads``: the cores divided by the ranks of this host."""
+    rank = communicator.rank
+    artifact.check([rank], hashes=check_hashes)
+    if not threads:
+        hosts = communicator.gather_objects(platform.node())
+        threads = max(1, len(os.sched_getaffinity(0)) // hosts.count(platform.node()))
+    backend = find_backend(artifact.header["backend"])
+    return backend.load(artifact.directory, f"rank{rank}", EngineLimits(**artifact.header["limits"]), threads)
+
+
+def together(communicator: Communicator, function: Callable[[], T]) -> T:
+    """Calls ``function`` on every rank. Raises: UserError on all where one raises it: its own error, or the others'."""
+    result, error = None, None
+    try:
+        result = function()
+    except UserError as raised:
+        error = str(raised)
+    errors = communicator.gather_objects(error)
+    failed = {rank: text for rank, text in enumerate(errors) if text is not None}
+    if error is not None:
+        raise UserError(error)
+    if failed:
+        rank, text = next(iter(failed.items()))
+        raise UserError(f"rank {rank} cannot run: {text}")
+    return result  # type: ignore[return-value]
+
+
+def _generation_options(request: Request, job: Job) -> GenerationOptions:
+    for option in ("output_npy", "output_csv", "output_logits_npy", "summary_json"):
+        if path := getattr(request, option):
+            check_writable(path, f"--{option}")
+    keep_logits = request.output_logits_npy is not None
+    return GenerationOptions(request.max_output_len, request.sampling, job.model.eos_token_ids, keep_logits)
+
+
+def _tokenizer_dir(request: Request) -> Path | None:
+    if request.tokenizer_dir is not None:
+        if not request.tokenizer_dir.is_dir():
+            raise UserError(f"--tokenizer_dir {request.tokenizer_dir}: no such folder")
+        return request.tokenizer_dir
+    own = request.engine_dir / "tokenizer"
+    return own if own.is_dir() else None
+
+
+def _write_outputs(request: Request, prompts: list[list[int]], result: Generation, pad_id: int) -> None:
+    sequences = [prompt + output for prompt, output in zip(prompts, result.output_ids, strict=True)]
+    if request.output_npy:
+        write_tokens_npy(request.output_npy, sequences, pad_id)
+    if request.output_csv:
+        write_tokens_csv(request.output_csv, sequences)
+    if request.output_logits_npy and result.logits is not None:
+        write_logits_npy(request.output_logits_npy, result.logits)
+    if request.summary_json:
+        request.summary_json.write_text(json.dumps(summary(result), indent=2) + "\n")
+    print(summary_line(summary(result)), file=sys.stderr)
+
+
+def summary(result: Generation) -> dict[str, Any]:
+    """Times in seconds, speeds in tokens per second, over all sequences of the batch."""
+    return {
+        "prompts": len(result.output_ids),
+        "output_tokens": sum(map(len, result.output_ids)),
+        "time_to_first_token_s": result.time_to_first_token_s,
+        "prefill_tokens_per_s": result.prefill_tokens_per_s,
+        "decode_tokens_per_s": result.decode_tokens_per_s,
+    }
