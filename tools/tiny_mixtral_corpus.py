@@ -1,26 +1,33 @@
-"""Text, tokenizer and held-out protocol of the tiny Mixtral test model.
+"""Text, tokenizer and held-out evaluation of the tiny Mixtral test model; train_tiny_mixtral.py beside it uses them.
 
 The text is Python's own standard library, which every machine with Python has. This module chooses the files,
 splits them into training and held-out text, trains the byte-level BPE tokenizer, and fixes how held-out text is
-cut into windows and scored, so that the training script and anyone repeating its numbers use the same rules.
+cut into windows and scored.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import platform
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional as F
+from transformers import MixtralForCausalLM
 
 END_OF_TEXT = "<|endoftext|>"  # the one special token, id 0: between files in training, bos and eos in the config
 VOCAB_SIZE = 1536
 EVAL_WINDOW = 512  # tokens per held-out window
+# They end before a line break: the tokenizer joins it to the indentation that follows, so "\n" alone means no indent.
+SAMPLE_PROMPTS = ("def read_lines(path):", "class Stack:\n    def push(self, item):", "import os\nimport sys")
 
 # Left out: test suites, installed packages, build leftovers, and `encodings` (generated tables that copy each other).
 EXCLUDED_DIRS = frozenset(
@@ -150,23 +157,29 @@ def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
     """Bytes each token stands for, [VOCAB_SIZE]: a byte-level token is spelled with one character per byte."""
-    lengths = [len(tokenizer.id_to_token(index)) for index in range(tokenizer.get_vocab_size())]
-    lengths[tokenizer.token_to_id(END_OF_TEXT)] = 0
-    return np.array(lengths, dtype=np.int64)
+    lengths = np.zeros(tokenizer.get_vocab_size(), dtype=np.int64)
+    for token, index in tokenizer.get_vocab().items():
+        lengths[index] = 0 if token == END_OF_TEXT else len(token)
+    return lengths
 
 
-def eval_windows(ids: np.ndarray, window: int = EVAL_WINDOW) -> Iterator[np.ndarray]:
-    """Consecutive windows of `window` tokens without overlap; a last short one too when it has 2 tokens or more.
+def eval_windows(ids: np.ndarray, batch: int = 16) -> Iterator[np.ndarray]:
+    """Batches [<= batch, EVAL_WINDOW] of consecutive windows without overlap, and last the shorter one, [1, rest].
 
     In each window every token but the first is scored, given the window's tokens before it.
     """
-    for start in range(0, len(ids) - 1, window):
-        yield ids[start : start + window]
+    full = len(ids) // EVAL_WINDOW
+    windows = ids[: full * EVAL_WINDOW].reshape(full, EVAL_WINDOW)
+    for start in range(0, full, batch):
+        yield windows[start : start + batch]
+    rest = ids[full * EVAL_WINDOW :]
+    if len(rest) > 1:
+        yield rest[None]
 
 
-def scored_tokens(ids: np.ndarray, window: int = EVAL_WINDOW) -> np.ndarray:
-    """The tokens of `ids` that `eval_windows` scores, in order."""
-    return np.concatenate([part[1:] for part in eval_windows(ids, window)])
+def scored_tokens(ids: np.ndarray) -> np.ndarray:
+    """The tokens of `ids` that are scored in `eval_windows`, in order."""
+    return np.concatenate([windows[:, 1:].reshape(-1) for windows in eval_windows(ids)])
 
 
 def unigram_nats(counts: np.ndarray, ids: np.ndarray) -> float:
@@ -181,25 +194,24 @@ def bits_per_byte(nats_per_token: float, ids: np.ndarray, lengths: np.ndarray) -
 
 
 @torch.no_grad()
-def mean_nats(model: MixtralForCausalLM, ids: np.ndarray, device: torch.device) -> float:
-    """Mean -log p in nats of the scored tokens of `ids`, by the window rule of `eval_windows`."""
-    total, count = 0.0, 0
+def mean_nats(model: MixtralForCausalLM, ids: np.ndarray) -> float:
+    """Mean -log p in nats of the scored tokens of the vector `ids`, by the window rule of `eval_windows`."""
+    total = 0.0
     for part in eval_windows(ids):
-        window = torch.from_numpy(part)[None].to(device)
-        logits = model(input_ids=window, use_cache=False).logits.float()
-        total += F.cross_entropy(logits[0, :-1], window[0, 1:], reduction="sum").item()
-        count += window.shape[1] - 1
-    return total / count
+        windows = torch.from_numpy(part).to(model.device)
+        logits = model(input_ids=windows, use_cache=False).logits.float()
+        total += F.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten(), reduction="sum").item()
+    return total / len(scored_tokens(ids))
 
 
 @torch.no_grad()
-def expert_shares(model: MixtralForCausalLM, ids: np.ndarray, device: torch.device) -> list[list[float]]:
+def expert_shares(model: MixtralForCausalLM, ids: np.ndarray) -> list[list[float]]:
     """Share of the top-k assignments each expert gets on `ids`, [layers][experts]; each layer sums to 1."""
     config = model.config
     counts = torch.zeros(config.num_hidden_layers, config.num_local_experts, dtype=torch.int64)
     for part in eval_windows(ids):
-        window = torch.from_numpy(part)[None].to(device)
-        output = model.model(input_ids=window, use_cache=False, output_router_logits=True)
+        windows = torch.from_numpy(part).to(model.device)
+        output = model.model(input_ids=windows, use_cache=False, output_router_logits=True)
         for layer, logits in enumerate(output.router_logits):
             chosen = torch.topk(logits.float(), config.num_experts_per_tok, dim=-1).indices
             counts[layer] += torch.bincount(chosen.flatten().cpu(), minlength=config.num_local_experts)
@@ -207,45 +219,42 @@ def expert_shares(model: MixtralForCausalLM, ids: np.ndarray, device: torch.devi
 
 
 @torch.no_grad()
-def write_samples(
-    model: MixtralForCausalLM, tokenizer: tokenizers.Tokenizer, device: torch.device
-) -> list[dict[str, str]]:
+def write_samples(model: MixtralForCausalLM, tokenizer: Tokenizer) -> list[dict[str, str]]:
     """Continue each of `SAMPLE_PROMPTS` by up to 120 tokens, greedily and by sampling from a fixed seed."""
+    sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 0}
     samples = []
     for prompt in SAMPLE_PROMPTS:
-        ids = torch.tensor([tokenizer.encode(prompt).ids], device=device)
-        for method, options in (
-            ("greedy", {"do_sample": False}),
-            ("sampled, temperature 0.7, top-p 0.95", {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 0}),
-        ):
+        ids = torch.tensor([tokenizer.encode(prompt).ids], device=model.device)
+        for method, options in (("greedy", {"do_sample": False}), ("temperature 0.7, top-p 0.95", sampling)):
             torch.manual_seed(0)
-            output = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=120, pad_token_id=0, **options
-            )
+            mask = torch.ones_like(ids)
+            output = model.generate(ids, attention_mask=mask, max_new_tokens=120, pad_token_id=0, **options)
             samples.append({"prompt": prompt, "method": method, "text": tokenizer.decode(output[0].tolist())})
     return samples
 
 
-def evaluate(directory: Path, device: torch.device, unigram_counts: np.ndarray) -> dict[str, Any]:
-    """Metrics of the model saved in `directory` on its heldout.txt; see "protocol" in the result for the rules."""
-    tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+def evaluate(directory: Path, unigram_counts: np.ndarray, device: str) -> dict[str, Any]:
+    """Metrics of the model saved in `directory` on its heldout.txt; "protocol" in the result states the rules."""
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     text = (directory / "heldout.txt").read_bytes().decode()
     ids = np.array(tokenizer.encode(text).ids, dtype=np.int64)
     scored = scored_tokens(ids)
     lengths = token_bytes(tokenizer)
     model = MixtralForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, experts_implementation="eager")
     model.to(device).eval()
-    rough = mean_nats(model, ids, device)
-    model.float()  # the same bfloat16 weights, float32 arithmetic: the numbers then agree between machines
-    nats = mean_nats(model, ids, device)
+    rough = mean_nats(model, ids)
+    model.float()  # the same bfloat16 weights with float32 arithmetic: these numbers agree between machines
+    nats = mean_nats(model, ids)
     unigram = unigram_nats(unigram_counts, scored)
-    shares = expert_shares(model, ids, device)
+    shares = expert_shares(model, ids)
     return {
         "protocol": (
-            f"heldout.txt encoded whole, without special tokens; consecutive windows of {EVAL_WINDOW} tokens, "
-            "no overlap, the last one shorter; each window is fed alone from position 0 and all its tokens but the "
-            "first are scored; perplexity = exp(mean -log p); bytes are those of the scored tokens"
+            f"heldout.txt is encoded as one text, with no special token added, and cut into windows of {EVAL_WINDOW} "
+            "tokens without overlap (the last one is shorter). Each window is fed by itself from position 0, and all "
+            "its tokens but the first are scored. Perplexity is exp(mean -log p) in nats; bits per byte counts the "
+            "bytes of the scored tokens. Weights as saved in bfloat16, arithmetic in float32 unless said otherwise."
         ),
+        "evaluated_with": f"torch {torch.__version__} on {'a GPU' if device == 'cuda' else 'a CPU'}",
         "held_out_bytes": len(text.encode()),
         "held_out_tokens": len(ids),
         "scored_tokens": len(scored),
@@ -258,14 +267,18 @@ def evaluate(directory: Path, device: torch.device, unigram_counts: np.ndarray) 
         "expert_share_min": min(map(min, shares)),
         "expert_share_max": max(map(max, shares)),
         "expert_shares": shares,
-        "samples": write_samples(model, tokenizer, device),
+        "samples": write_samples(model, tokenizer),
     }
 
 
-def evaluate_existing(directory: Path, device: torch.device) -> dict[str, Any]:
-    """`evaluate` for a model directory that this script wrote earlier."""
+def evaluate_existing(directory: Path, device: str) -> dict[str, Any]:
+    """`evaluate` for a directory written earlier; the unigram counts come from its metrics.json."""
     for name in ("config.json", "model.safetensors", "tokenizer.json", "heldout.txt", "metrics.json"):
         if not (directory / name).is_file():
-            raise InputError(f"{directory / name} is missing: --evaluate needs a directory this script wrote")
-    counts = json.loads((directory / "metrics.json").read_text())["unigram_counts"]
-    return evaluate(directory, device, np.array([int(count) for count in counts.split()]))
+            raise InputError(f"{directory / name} is missing: evaluation needs a directory that training wrote")
+    try:
+        counts = json.loads((directory / "metrics.json").read_text())["unigram_counts"]
+        unigram_counts = np.array([int(count) for count in counts.split()], dtype=np.int64)
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{directory / 'metrics.json'} holds no usable unigram_counts: {error}") from error
+    return evaluate(directory, unigram_counts, device)
