@@ -152,10 +152,12 @@ def _name_after_modules(model: Any) -> None:
 
 
 def _name_boundaries(model: Any, module: str) -> None:
-    """Names the tensors that leave a layer's attention, its MoE and the layer itself after these
+    """Names the tensors that leave the embedding, a layer's attention, its MoE and the layer itself after these
     (``model.layers.0.mlp/output``), so that they can be compared with the torch modules' outputs after any number of passes."""
     residual = [node for node in model.graph if node.op_type == "Add" and node.name.rpartition("/")[0] == module]
     attention, moe = residual
+    if attention.inputs[0] not in model.graph.inputs:
+        attention.inputs[0].name = output_of("model.embed_tokens")
     attention.inputs[1].name = output_of(f"{module}.self_attn")
     moe.inputs[1].name = output_of(f"{module}.mlp")
     if moe.outputs[0] not in model.graph.outputs:

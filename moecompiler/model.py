@@ -92,10 +92,11 @@ class Attention(nn.Module):
 
         # query heads that share a key-value head form one matrix, so no key or value is copied
         grouped = q.reshape(batch, self.kv_heads, -1, self.head_dim)  # [B, K, G·S, D]
-        scores = grouped @ keys.transpose(2, 3) * self.head_dim**-0.5
+        # scaled in float32: a graph's constant has its operand's type, and in bfloat16 the scale would be off by 1e-4
+        scores = (grouped @ keys.transpose(2, 3)).float() * self.head_dim**-0.5
         scores = scores.view(batch, self.kv_heads, -1, length, keys.shape[2])  # [B, K, G, S, T]
         scores = scores.masked_fill(~self.visible(position_ids, keys.shape[2]), torch.finfo(scores.dtype).min)
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(x.dtype)
+        weights = torch.softmax(scores, dim=-1).to(x.dtype)
         out = weights.view(batch, self.kv_heads, -1, keys.shape[2]) @ values
         out = out.view(batch, self.heads, length, self.head_dim).transpose(1, 2).reshape(batch, length, -1)
         return all_reduce(self.o_proj(out), self.group), (keys, values)

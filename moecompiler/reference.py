@@ -28,24 +28,32 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 def load_rank_module(
-    config: ModelConfig, mapping: Mapping, rank: int, options: ExportOptions, reader: TensorReader
+    config: ModelConfig,
+    mapping: Mapping,
+    rank: int,
+    options: ExportOptions,
+    reader: TensorReader,
+    compute_dtype: str | None = None,
 ) -> RankModule:
-    """One rank's module on the CPU, with the weights that ``sharding`` gives that rank."""
+    """One rank's module on the CPU, with the weights that ``sharding`` gives that rank, rounded to the engine's dtype;
+    ``compute_dtype`` (default: the same) is what they are then held and computed in."""
+    dtype = TORCH_DTYPES[compute_dtype or options.dtype]
     with torch.device("meta"):
-        module = RankModule(config, mapping, rank, TORCH_DTYPES[options.dtype], options.normalization_mode)
-    state = {
-        name: to_torch(materialize(recipe_for(name, config, mapping, rank, options.dtype), reader))
-        for name in module.state_dict()
-        if name != INVERSE_FREQUENCIES
-    }
+        module = RankModule(config, mapping, rank, dtype, options.normalization_mode)
+    state = {}
+    for name, parameter in module.state_dict().items():
+        if name != INVERSE_FREQUENCIES:
+            array = materialize(recipe_for(name, config, mapping, rank, options.dtype), reader)
+            state[name] = to_torch(array).to(parameter.dtype)
     state[INVERSE_FREQUENCIES] = torch.from_numpy(inverse_frequencies(config))
     module.load_state_dict(state, assign=True)
     return module.eval()
 
 
-def empty_caches(config: ModelConfig, mapping: Mapping, rank: int, options: ExportOptions, batch: int) -> list[Cache]:
+def empty_caches(
+    config: ModelConfig, mapping: Mapping, rank: int, options: ExportOptions, batch: int, dtype: str = "float32"
+) -> list[Cache]:
     """A zeroed (key, value) ``[batch, kv_heads, max_seq_len, D]`` for each local layer."""
     shape = (batch, rank_shape(config, mapping).kv_heads, options.max_seq_len, config.head_dim)
-    dtype = TORCH_DTYPES[options.dtype]
     layers = mapping.layers(rank, config.num_hidden_layers)
-    return [(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in layers]
+    return [(torch.zeros(shape, dtype=TORCH_DTYPES[dtype]), torch.zeros(shape, dtype=TORCH_DTYPES[dtype])) for _ in layers]

@@ -39,6 +39,9 @@ class Backend(Protocol):
     def notes(self, dtype: str) -> list[str]:
         """What a user should know of how this backend computes ``dtype``, one line each."""
 
+    def compute_dtype(self, dtype: str) -> str:
+        """The dtype an engine of ``dtype`` computes in."""
+
     def build(
         self, program: Program, reader: TensorReader, stem: str, directory: Path, progress: Callable[[float], None]
     ) -> dict[str, Path]:

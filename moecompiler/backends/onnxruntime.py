@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 
 from moecompiler.atomic import temporary_path
@@ -38,6 +39,9 @@ class OnnxRuntimeBackend:
         if dtype == "bfloat16":
             return ["ONNX Runtime's CPU provider has few bfloat16 kernels: computes in float32 from bfloat16 weights"]
         return []
+
+    def compute_dtype(self, dtype: str) -> str:
+        return "float32" if dtype == "bfloat16" else dtype
 
     def build(
         self, program: Program, reader: TensorReader, stem: str, directory: Path, progress: Callable[[float], None]
@@ -69,12 +73,24 @@ class OnnxRuntimeBackend:
 
 def open_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
     """Loads an engine file; collectives go through the communicator of the thread that runs it."""
+    return _open(str(path), onnxruntime.SessionOptions(), threads)
+
+
+def open_part(model: onnx.ModelProto, directory: Path, threads: int = 0) -> onnxruntime.InferenceSession:
+    """Loads a part of an engine file; its weights stay where they are, in ``directory``."""
     options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
+    return _open(model.SerializeToString(), options, threads)
+
+
+def _open(
+    model: str | bytes, options: onnxruntime.SessionOptions, threads: int
+) -> onnxruntime.InferenceSession:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     with _ONE_AT_A_TIME:
         options.register_custom_ops_library(_collectives_library())
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 @functools.cache

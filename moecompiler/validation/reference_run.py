@@ -1,17 +1,134 @@
-"""The reference: every rank's torch module, all ranks in lockstep, with all that went in and out of them."""
+"""The reference: every rank's torch module in float32, all ranks in lockstep, with all that went in and out of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from moecompiler.config import ExportOptions, ModelConfig
-from moecompiler.export_names import cache_names
+from moecompiler.export import cache_names
+from moecompiler.graph import output_of
 from moecompiler.mapping import Mapping
 from moecompiler.model import Cache, RankModule
-from moecompiler.reference import empty_caches, load_rank_module
+from moecompiler.reference import empty_caches
+from moecompiler.runtime.communicator import Communicator, using_communicator
+from moecompiler.validation.recording import RecordingCommunicator
+from moecompiler.validation.scenario import Step
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class RankPlace:
+    """Which rank of which model split how; what a rank's torch module is called with depends on no more."""
+
+    config: ModelConfig
+    mapping: Mapping
+    options: ExportOptions
+    rank: int
+
+    @property
+    def layers(self) -> range:
+        return self.mapping.layers(self.rank, self.config.num_hidden_layers)
+
+    @property
+    def main_input(self) -> str:
+        return "input_ids" if self.mapping.is_first_stage(self.rank) else "hidden_states"
+
+    @property
+    def main_output(self) -> str:
+        return "logits" if self.mapping.is_last_stage(self.rank) else "next_hidden_states"
+
+
+@dataclass(frozen=True)
+class RankStep:
+    """One step of one rank, by the names its graph has: what went in, what came out, what crossed the boundaries of
+    embedding, layers, attention and MoE inside (``graph.output_of``), and the rank's own part of those that are sums."""
+
+    feeds: Arrays
+    outputs: Arrays
+    inner: Arrays
+    partials: Arrays
+
+
+def run_reference(
+    module: RankModule, place: RankPlace, steps: Sequence[Step], communicator: Communicator
+) -> list[RankStep]:
+    """Runs one rank's float32 module through ``steps``; its peers must do the same at the same time."""
+    mapping, rank, stage = place.mapping, place.rank, place.mapping.tp_size
+    caches = empty_caches(place.config, mapping, rank, place.options, len(steps[0].input_ids))
+    recorder = RecordingCommunicator(communicator)
+    records = []
+    for step in steps:
+        x = step.input_ids if mapping.is_first_stage(rank) else communicator.receive(rank - stage)
+        feeds = _feeds(place, step, x, caches)
+        with _boundaries(module, recorder) as (inner, partials), using_communicator(recorder):
+            outputs, caches = _call(module, place, feeds)
+        records.append(RankStep(feeds, outputs, inner, partials))
+        if not mapping.is_last_stage(rank):
+            communicator.send(outputs[place.main_output], rank + stage)
+    return records
+
+
+def call_module(module: RankModule, place: RankPlace, feeds: Arrays) -> Arrays:
+    """The rank module called as its graph is: named arrays in, named float32 arrays out."""
+    return _call(module, place, feeds)[0]
+
+
+def _call(module: RankModule, place: RankPlace, feeds: Arrays) -> tuple[Arrays, list[Cache]]:
+    tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
+    pairs = [cache_names(layer, "past_key_values") for layer in place.layers]
+    caches = [(tensors[key].float(), tensors[value].float()) for key, value in pairs]
+    x = tensors[place.main_input]
+    x = x.float() if x.is_floating_point() else x
+    with torch.inference_mode():
+        y, present = module(x, tensors["position_ids"], tensors.get("last_token_ids"), caches)
+    outputs = {place.main_output: y.numpy()}
+    for layer, cache in zip(place.layers, present, strict=True):
+        for name, tensor in zip(cache_names(layer, "present"), cache, strict=True):
+            outputs[name] = tensor.numpy()
+    return outputs, present
+
+
+def _feeds(place: RankPlace, step: Step, x: np.ndarray, caches: Sequence[Cache]) -> Arrays:
+    feeds: Arrays = {place.main_input: x, "position_ids": step.position_ids}
+    if place.main_output == "logits" and not place.options.all_logits:
+        feeds["last_token_ids"] = step.last_token_ids
+    for layer, cache in zip(place.layers, caches, strict=True):
+        for name, tensor in zip(cache_names(layer, "past_key_values"), cache, strict=True):
+            feeds[name] = tensor.numpy()
+    return feeds
+
+
+@contextmanager
+def _boundaries(module: RankModule, recorder: RecordingCommunicator) -> Iterator[tuple[Arrays, Arrays]]:
+    """Collects, while the module runs, what leaves the embedding, each layer, its attention and its MoE, and this rank's part
+    of what is summed over ranks."""
+    inner: Arrays = {}
+    partials: Arrays = {}
+
+    def hook(name: str) -> Any:
+        def note(_module: Any, _inputs: Any, output: Any) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            inner[output_of(name)] = tensor.numpy().copy()
+            if recorder.last is not None:
+                partials[output_of(name)], recorder.last = recorder.last.reshape(tensor.shape), None
+
+        return note
+
+    watched = [
+        (name, part)
+        for name, part in module.named_modules()
+        if name.endswith((".self_attn", ".mlp", ".embed_tokens")) or name.rpartition(".")[0] == "model.layers"
+    ]
+    handles = [part.register_forward_hook(hook(name)) for name, part in watched]
+    try:
+        yield inner, partials
+    finally:
+        for handle in handles:
+            handle.remove()

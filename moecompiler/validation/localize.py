@@ -1,0 +1,110 @@
+"""Where an error enters: each part of a rank's graph alone, fed with the reference's values.
+
+The graph is cut at the boundaries that ``export`` names. A part gets the reference's tensors, so an error shows in the part
+that makes it and in no later one; and it is cut out rather than watched from outside, since marking an inner tensor as an
+output changes what the backend fuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from onnx import helper
+
+from moecompiler.backends.onnxruntime import open_part
+from moecompiler.graph import load_program, output_of
+from moecompiler.runtime.communicator import Communicator, using_communicator
+from moecompiler.validation.recording import RecordingCommunicator
+from moecompiler.validation.reference_run import RankPlace, RankStep
+from moecompiler.validation.runners import as_engine_type, relative_error
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """The relative error ``‖a - b‖ / ‖b‖`` of one part of one rank, the worst of all steps: of what all ranks of its group
+    made together, and of this rank's own share of the sum (the same where nothing is summed)."""
+
+    rank: int
+    module: str
+    relative: float
+    own_relative: float
+    passed: bool
+
+
+def localize(
+    directory: Path, place: RankPlace, records: Sequence[RankStep], norm: float, communicator: Communicator
+) -> list[PartReport]:
+    """Runs every part of one rank's engine; ``norm`` bounds the relative error. Its peers must do the same meanwhile."""
+    model = load_program(directory / f"rank{place.rank}.onnx").model
+    recorder = RecordingCommunicator(communicator)
+    reports = []
+    for name in _cuts(model, place):
+        part = cut(model, name, stops={*records[0].inner})
+        session = open_part(part, directory)
+        wanted = {value.name: value.type for value in session.get_inputs()}
+        errors, own_errors = [], []
+        for record in records:
+            known = record.feeds | record.inner
+            feeds = {each: as_engine_type(known[each], kind) for each, kind in wanted.items()}
+            recorder.last = None
+            with using_communicator(recorder):
+                (value,) = session.run([name], feeds)
+            reference = (record.inner | record.outputs)[name]
+            errors.append(relative_error(value, reference))
+            partial = record.partials.get(name)
+            own = recorder.last
+            own_errors.append(
+                errors[-1] if partial is None or own is None else relative_error(own.reshape(partial.shape), partial)
+            )
+        module = "lm_head" if name == "logits" else name.removesuffix("/output")
+        passed = max(errors) <= norm and max(own_errors) <= norm
+        reports.append(PartReport(place.rank, module, max(errors), max(own_errors), passed))
+    return reports
+
+
+def _cuts(model: onnx.ModelProto, place: RankPlace) -> list[str]:
+    """The boundaries that are still in the graph, from its start to its end."""
+    there = {name for node in model.graph.node for name in node.output}
+    names = [output_of("model.embed_tokens")]
+    for layer in place.layers:
+        names += [output_of(f"model.layers.{layer}.self_attn"), output_of(f"model.layers.{layer}.mlp")]
+    if place.main_output == "logits":
+        names.append("logits")
+    return [name for name in names if name in there]
+
+
+def cut(model: onnx.ModelProto, output: str, stops: set[str]) -> onnx.ModelProto:
+    """The subgraph that computes ``output`` from graph inputs, initializers and the tensors ``stops``."""
+    graph = model.graph
+    producers = {name: node for node in graph.node for name in node.output}
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    kinds = {value.name: value for value in (*graph.input, *graph.output, *graph.value_info)}
+    inputs: set[str] = set()
+    needed: set[str] = set()
+    waiting, seen = [output], {output}
+    while waiting:
+        name = waiting.pop()
+        if name in initializers:
+            needed.add(name)
+        elif name not in producers or (name in stops and name != output):
+            inputs.add(name)
+        else:
+            for each in producers[name].input:
+                if each and each not in seen:
+                    seen.add(each)
+                    waiting.append(each)
+    kept = [node for node in graph.node if any(name in seen and name not in inputs for name in node.output)]
+    part = helper.make_graph(
+        kept,
+        f"part {output}",
+        [kinds[name] for name in sorted(inputs)],
+        [kinds[output]],
+        [initializers[name] for name in sorted(needed)],
+        value_info=[value for value in graph.value_info if value.name in seen],
+    )
+    result = helper.make_model(part, opset_imports=list(model.opset_import), ir_version=model.ir_version)
+    result.functions.extend(model.functions)
+    return result

@@ -1,0 +1,131 @@
+"""The ranks recombined, against Hugging Face's model: logits, likely tokens, distributions, perplexity."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moecompiler.checkpoint import Source, expected_tensors
+from moecompiler.config import ModelConfig
+from moecompiler.mapping import Mapping
+from moecompiler.reference import to_torch
+from moecompiler.runtime.communicator import Communicator
+from moecompiler.runtime.session import StageSession
+from moecompiler.validation.scenario import Scenario
+from moecompiler.validation.tolerances import Tolerance
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Over ``tokens`` predictions: the largest error of a logit, the mean KL divergence from HF's distribution (nats), the
+    share of predictions whose most likely token is HF's, and both models' perplexity on the tokens that follow."""
+
+    scenario: str
+    tokens: int
+    max_abs: float
+    kl: float
+    top1: float
+    perplexity: float
+    hf_perplexity: float
+    passed: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def engine_logits(
+    session: StageSession, mapping: Mapping, scenario: Scenario, communicator: Communicator
+) -> np.ndarray | None:
+    """Logits of each step, ``[batch, steps, vocab]`` float32, on the ranks of the last stage; None elsewhere."""
+    rank, stage = communicator.rank, mapping.tp_size
+    session.start(len(scenario.tokens))
+    logits = []
+    for step in scenario.steps():
+        x = step.input_ids if mapping.is_first_stage(rank) else communicator.receive(rank - stage)
+        y = session.step(x, step.position_ids, step.last_token_ids)
+        if mapping.is_last_stage(rank):
+            logits.append(y)
+        else:
+            communicator.send(y, rank + stage)
+    return np.stack(logits, axis=1) if logits else None
+
+
+def load_hf(config: ModelConfig, identity: dict[str, Any], reader: Source) -> torch.nn.Module:
+    """``MixtralForCausalLM`` in float32 on the CPU: loaded by transformers itself from a checkpoint, or filled with the dummy
+    weights."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if identity["kind"] == "hf":
+        return MixtralForCausalLM.from_pretrained(
+            Path(identity["model_dir"]),
+            dtype=torch.float32,
+            attn_implementation="eager",
+            num_hidden_layers=config.num_hidden_layers,
+            local_files_only=True,
+        ).eval()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "head_dim", "num_local_experts", "num_experts_per_tok", "max_position_embeddings")
+    names += ("rms_norm_eps", "sliding_window", "tie_word_embeddings")
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling_factor != 1.0:
+        rope |= {"rope_type": "linear", "factor": config.rope_scaling_factor}
+    hf_config = MixtralConfig(**{name: getattr(config, name) for name in names}, rope_parameters=rope)
+    hf_config._attn_implementation = "eager"
+    model = MixtralForCausalLM(hf_config).float().eval()
+    fill_hf(model, config, reader)
+    return model
+
+
+def fill_hf(model: torch.nn.Module, config: ModelConfig, reader: Source) -> None:
+    """Copies weights by their published names into the fused experts of transformers 5."""
+    state = model.state_dict()
+    rows = config.intermediate_size
+    for name, shape in expected_tensors(config).items():
+        value = to_torch(np.ascontiguousarray(reader.read(name, (0,) * len(shape), shape))).float()
+        layer, found, expert = name.partition(".block_sparse_moe.experts.")
+        if not found:
+            state[name.replace("block_sparse_moe", "mlp")].copy_(value)
+            continue
+        index, weight, _ = expert.split(".")
+        fused = state[f"{layer}.mlp.experts.{'down_proj' if weight == 'w2' else 'gate_up_proj'}"][int(index)]
+        start = rows if weight == "w3" else 0
+        (fused if weight == "w2" else fused[start : start + rows]).copy_(value)
+
+
+def hf_logits(model: torch.nn.Module, scenario: Scenario) -> np.ndarray:
+    """HF's logits at the same positions, ``[batch, steps, vocab]`` float32, each row in one forward pass."""
+    with torch.inference_mode():
+        whole = model(torch.from_numpy(scenario.tokens)).logits
+    positions = torch.from_numpy(scenario.predicted_positions())
+    return whole.gather(1, positions[..., None].expand(-1, -1, whole.shape[-1])).numpy()
+
+
+def compare(logits: np.ndarray, reference: np.ndarray, scenario: Scenario, tolerance: Tolerance) -> Quality:
+    """``logits`` and ``reference`` are ``[batch, steps, vocab]`` float32."""
+    ours, theirs = _log_softmax(logits), _log_softmax(reference)
+    kl = float((np.exp(theirs) * (theirs - ours)).sum(-1).mean())
+    top1 = float((logits.argmax(-1) == reference.argmax(-1)).mean())
+    max_abs = float(np.abs(logits - reference).max()) if np.isfinite(logits).all() else float("inf")
+    passed = max_abs <= tolerance.logits and kl <= tolerance.kl and top1 >= tolerance.top1
+    targets = scenario.predicted_positions() + 1
+    known = targets < scenario.tokens.shape[1]
+    following = np.take_along_axis(scenario.tokens, np.where(known, targets, 0), axis=1)
+
+    def perplexity(log_probabilities: np.ndarray) -> float:
+        chosen = np.take_along_axis(log_probabilities, following[..., None], axis=-1)[..., 0]
+        return float(np.exp(-chosen[known].mean())) if known.any() else float("nan")
+
+    return Quality(scenario.name, known.size, max_abs, kl, top1, perplexity(ours), perplexity(theirs), passed)
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    wide = logits.astype(np.float64)
+    wide -= wide.max(-1, keepdims=True)
+    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))

@@ -1,0 +1,110 @@
+"""Polygraphy on one rank: its engine and its torch module, the same inputs, output by output."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime
+from polygraphy.backend.base import BaseRunner
+from polygraphy.backend.onnxrt import OnnxrtRunner
+from polygraphy.common import TensorMetadata
+from polygraphy.comparator import Comparator, CompareFunc
+from polygraphy.logger import G_LOGGER
+
+from moecompiler.validation.reference_run import Arrays, RankStep
+from moecompiler.validation.tolerances import Tolerance
+
+
+class ModuleRunner(BaseRunner):
+    """Runs a rank's torch module as a Polygraphy runner; ``call`` takes and gives arrays by the graph's names."""
+
+    def __init__(self, call: Callable[[Arrays], Arrays], example: Arrays, name: str):
+        super().__init__(name=name, prefix="torch-rank-module")
+        self._call, self._example = call, example
+
+    def activate_impl(self) -> None:
+        """Nothing to load: the module is."""
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        metadata = TensorMetadata()
+        for name, array in self._example.items():
+            metadata.add(name, dtype=array.dtype, shape=(None,) * array.ndim)
+        return metadata
+
+    def infer_impl(self, feed_dict: Arrays) -> OrderedDict[str, np.ndarray]:
+        self.inference_time = 0.0
+        return OrderedDict(self._call(feed_dict))
+
+    def deactivate_impl(self) -> None:
+        """Nothing to release."""
+
+
+@dataclass(frozen=True)
+class OutputReport:
+    """How far one output of one rank is from the reference, the worst of all steps; ``relative`` is ``‖a - b‖ / ‖b‖``."""
+
+    rank: int
+    scenario: str
+    name: str
+    max_abs: float
+    relative: float
+    passed: bool
+
+
+def compare_rank(
+    rank: int,
+    scenario: str,
+    session: onnxruntime.InferenceSession,
+    call_module: Callable[[Arrays], Arrays],
+    records: Sequence[RankStep],
+    tolerance: Tolerance,
+) -> list[OutputReport]:
+    """Runs both of one rank on every step's inputs and compares all outputs. Its peers must do the same at the same time."""
+    G_LOGGER.module_severity = G_LOGGER.CRITICAL  # what it would print is in the report
+    types = {value.name: value.type for value in session.get_inputs()}
+    feeds = [{name: as_engine_type(array, types[name]) for name, array in record.feeds.items()} for record in records]
+    engine = OnnxrtRunner(lambda: session, name=f"engine of rank {rank}")
+    module = ModuleRunner(call_module, feeds[0], name=f"torch module of rank {rank}")
+    results = Comparator.run([engine, module], data_loader=feeds)
+    widened = [(name, [_float32(iteration) for iteration in iterations]) for name, iterations in results]
+    for (_, iterations), (_, wide) in zip(results, widened, strict=True):
+        for iteration, arrays in zip(iterations, wide, strict=True):
+            for name, array in arrays.items():
+                iteration[name] = array
+    check = CompareFunc.simple(atol=tolerance.atol, rtol=tolerance.rtol, check_error_stat="elemwise")
+    accuracy = Comparator.compare_accuracy(results, compare_func=check)
+    (verdicts,) = accuracy[0].values()
+    outputs, references = (iterations for _, iterations in widened)
+    return [
+        OutputReport(
+            rank,
+            scenario,
+            name,
+            max(float(np.abs(a[name] - b[name]).max()) for a, b in zip(outputs, references, strict=True)),
+            max(relative_error(a[name], b[name]) for a, b in zip(outputs, references, strict=True)),
+            all(bool(verdict[name]) for verdict in verdicts),
+        )
+        for name in references[0]
+    ]
+
+
+def relative_error(value: np.ndarray, reference: np.ndarray) -> float:
+    """``‖value - reference‖ / ‖reference‖``; infinite where a value is not finite."""
+    if not np.isfinite(value).all():
+        return float("inf")
+    norm = float(np.linalg.norm(reference.astype(np.float64)))
+    error = float(np.linalg.norm(value.astype(np.float64) - reference.astype(np.float64)))
+    return error / norm if norm else error
+
+
+def _float32(iteration: Arrays) -> Arrays:
+    return {name: np.asarray(array, dtype=np.float32) for name, array in iteration.items()}
+
+
+def as_engine_type(array: np.ndarray, ort_type: str) -> np.ndarray:
+    """What the engine takes: the reference's float32 is rounded where the engine has a narrower type."""
+    wanted = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(int64)": np.int64}[ort_type]
+    return np.ascontiguousarray(array, dtype=wanted)

@@ -1,0 +1,106 @@
+"""One rank's part in validating an engine directory; all ranks do theirs at the same time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from moecompiler.artifact import Artifact
+from moecompiler.backends.base import EngineLimits
+from moecompiler.backends.onnxruntime import OnnxRuntimeSession, open_session
+from moecompiler.checkpoint import Source
+from moecompiler.reference import load_rank_module
+from moecompiler.runtime.communicator import Communicator
+from moecompiler.validation.localize import PartReport, localize
+from moecompiler.validation.quality import Quality, compare, engine_logits, hf_logits, load_hf
+from moecompiler.validation.reference_run import RankPlace, RankStep, call_module, run_reference
+from moecompiler.validation.runners import OutputReport, compare_rank
+from moecompiler.validation.scenario import Scenario
+from moecompiler.validation.tolerances import Tolerance
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found. ``parts`` is empty where every output agreed and nobody asked for it; ``quality`` where HF's model was
+    not run."""
+
+    tolerance: Tolerance
+    outputs: tuple[OutputReport, ...]
+    parts: tuple[PartReport, ...]
+    quality: tuple[Quality, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(each.passed for each in (*self.outputs, *self.parts, *self.quality))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"passed": self.passed}
+
+
+def validate_rank(
+    artifact: Artifact,
+    place: RankPlace,
+    reader: Source,
+    scenarios: Sequence[Scenario],
+    tolerance: Tolerance,
+    communicator: Communicator,
+    *,
+    against_hf: bool = True,
+    every_part: bool = False,
+    threads: int = 0,
+) -> Report:
+    """Compares this rank's engine with its torch module on every scenario, the recombined ranks with HF's model, and, where
+    something is out of tolerance on any rank (or ``every_part``), each part of the graph alone. Every rank gets the whole
+    report."""
+    module = load_rank_module(place.config, place.mapping, place.rank, place.options, reader, "float32")
+    session = open_session(artifact.path(f"rank{place.rank}.onnx"), threads)
+    outputs: list[OutputReport] = []
+    records: list[RankStep] = []
+    for scenario in scenarios:
+        steps = scenario.steps()[:_COMPARED_STEPS]
+        mine = run_reference(module, place, steps, communicator)
+        outputs += compare_rank(
+            place.rank, scenario.name, session, lambda feeds: call_module(module, place, feeds), mine, tolerance
+        )
+        records += mine[:1]
+    quality = (
+        _against_hf(artifact, place, reader, scenarios, tolerance, session, communicator) if against_hf else []
+    )
+    mine_passed = all(each.passed for each in (*outputs, *quality))
+    parts: list[PartReport] = []
+    if every_part or not all(communicator.gather_objects(mine_passed)):
+        parts = localize(artifact.directory, place, records, tolerance.norm, communicator)
+    gathered = communicator.gather_objects((outputs, parts))
+    return Report(
+        tolerance,
+        tuple(report for each, _ in gathered for report in each),
+        tuple(report for _, each in gathered for report in each),
+        tuple(quality),
+    )
+
+
+# Decoding goes on in `quality`; output by output, prefill and a few steps show what there is to see
+_COMPARED_STEPS = 4
+
+
+def _against_hf(
+    artifact: Artifact,
+    place: RankPlace,
+    reader: Source,
+    scenarios: Sequence[Scenario],
+    tolerance: Tolerance,
+    session: Any,
+    communicator: Communicator,
+) -> list[Quality]:
+    """Every rank runs its engine; the first rank of the last stage compares, and tells all."""
+    root = place.mapping.world_size - place.mapping.tp_size
+    stage = OnnxRuntimeSession(session, EngineLimits(**artifact.header["limits"]))
+    logits = [engine_logits(stage, place.mapping, scenario, communicator) for scenario in scenarios]
+    result: list[Quality] = []
+    if communicator.rank == root:
+        model = load_hf(place.config, artifact.header["source"], reader)
+        for scenario, mine in zip(scenarios, logits, strict=True):
+            assert mine is not None
+            result.append(compare(mine, hf_logits(model, scenario), scenario, tolerance))
+    return communicator.broadcast(result, root)

@@ -1,0 +1,213 @@
+"""Verb ``validate``: engines against PyTorch, rank by rank and recombined."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from moecompiler.artifact import Artifact
+from moecompiler.backends.base import EngineLimits, find_backend
+from moecompiler.errors import UserError
+from moecompiler.runtime.communicator import Communicator, using_communicator
+from moecompiler.runtime.mpi import abort, world
+from moecompiler.runtime.threads import run_in_threads
+from moecompiler.tools import options as opt
+from moecompiler.tools.job import Job
+from moecompiler.tools.run import together
+from moecompiler.tools.text import encode_text
+
+if TYPE_CHECKING:
+    from moecompiler.validation.validate import Report
+
+OUT_OF_TOLERANCE = 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of every rank. ``text_ids``: token ids of real text, empty without a tokenizer."""
+
+    directory: Path
+    text_ids: tuple[int, ...]
+    tokens: int
+    against_hf: bool
+    every_part: bool
+    seed: int
+
+
+def validate(
+    directory: Annotated[Path, typer.Argument(help="What `compile` or `build` wrote.")],
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", help="Text to measure on (default: heldout.txt beside the checkpoint, or Python's own)."),
+    ] = None,
+    tokenizer_dir: Annotated[
+        Path | None, typer.Option("--tokenizer_dir", help="Folder of the tokenizer (default: the engine's).")
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", help="About how many tokens of the text to run.")] = 1024,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Also compare every layer's attention and MoE alone.")
+    ] = False,
+    hf: Annotated[
+        bool, typer.Option("--hf/--no_hf", help="Compare the ranks together with Hugging Face's model.")
+    ] = True,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the random tokens.")] = 0,
+    as_json: opt.Json = False,
+) -> int:
+    """Compare engines with PyTorch: outputs of every rank, logits and perplexity of all, and the layer where they part."""
+    artifact = Artifact.open(directory, ("engine",))
+    artifact.check()
+    if tokens < 1:
+        raise UserError(f"--tokens {tokens}: give 1 or more")
+    notes = []
+    against_hf = hf and _fits(Job.of(artifact), notes)
+    text_ids = encode_text(artifact, text, tokenizer_dir, notes)
+    request = Request(directory, tuple(text_ids), tokens, against_hf, layers, seed)
+    communicator = world(os.environ)
+    if communicator.world_size == 1:
+        report = run_in_threads(artifact.world_size, lambda each: validate_with(request, artifact, each))[0]
+    else:
+        report = _under_launcher(request, artifact, communicator)
+    if communicator.rank == 0:
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+        if as_json:
+            print(json.dumps(report.to_json(), indent=2))
+        else:
+            print_report(Console(), report)
+    return 0 if report.passed else OUT_OF_TOLERANCE
+
+
+def _under_launcher(request: Request, artifact: Artifact, communicator: Communicator) -> Report:
+    if communicator.world_size != artifact.world_size:
+        raise UserError(
+            f"{request.directory}: was compiled for {artifact.world_size} rank(s), but {communicator.world_size} run:"
+            f" start it with `mpirun -n {artifact.world_size}`, or without mpirun"
+        )
+    try:
+        with using_communicator(communicator):
+            return validate_with(request, artifact, communicator)
+    except UserError:
+        raise
+    except BaseException as error:
+        print(f"moecompiler: rank {communicator.rank} failed ({error!r}); ending all ranks", file=sys.stderr)
+        abort(communicator, 1)
+
+
+def validate_with(request: Request, artifact: Artifact, communicator: Communicator) -> Report:
+    """One rank's part; every rank returns the whole report."""
+    from moecompiler.dummy import open_source
+    from moecompiler.validation.reference_run import RankPlace
+    from moecompiler.validation.scenario import random_scenario, text_scenario
+    from moecompiler.validation.tolerances import TOLERANCES
+    from moecompiler.validation.validate import validate_rank
+
+    job, limits = Job.of(artifact), EngineLimits(**artifact.header["limits"])
+    reader = together(communicator, lambda: open_source(job.source, job.model))
+    scenarios = [random_scenario(limits, request.seed)]
+    if real := text_scenario(request.text_ids, limits, request.tokens):
+        scenarios.append(real)
+    backend = find_backend(artifact.header["backend"])
+    return validate_rank(
+        artifact,
+        RankPlace(job.model, job.mapping, job.export, communicator.rank),
+        reader,
+        scenarios,
+        TOLERANCES[backend.compute_dtype(job.export.dtype)],
+        communicator,
+        against_hf=request.against_hf,
+        every_part=request.every_part,
+        threads=1 if artifact.world_size > 1 else 0,
+    )
+
+
+def _fits(job: Job, notes: list[str]) -> bool:
+    """Whether HF's model, in float32, fits into the memory that is free; says so where it does not."""
+    from math import prod
+
+    from moecompiler.checkpoint import expected_tensors
+
+    needed = 4 * sum(prod(shape) for shape in expected_tensors(job.model).values())
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > free:
+        notes.append(f"HF's model takes {needed / 1e9:.0f} GB and {free / 1e9:.0f} GB are free: not compared with it")
+    return needed <= free
+
+
+def print_report(console: Console, report: Report) -> None:
+    """The worst of each output over ranks' steps, layer parts where there are any, and quality."""
+    mark = {True: "[green]ok[/green]", False: "[red]FAIL[/red]"}
+    table = Table("rank", "input", "outputs", "worst", "max error", "relative", "")
+    for (rank, scenario), group in _grouped(report.outputs):
+        worst = max(group, key=lambda each: (not each.passed, each.relative))
+        passed = all(each.passed for each in group)
+        table.add_row(
+            str(rank),
+            scenario,
+            str(len(group)),
+            worst.name,
+            f"{max(each.max_abs for each in group):.2e}",
+            f"{max(each.relative for each in group):.2e}",
+            mark[passed],
+        )
+    console.print("[bold]Each rank's engine against its PyTorch module[/bold] (Polygraphy)")
+    console.print(table)
+    if report.parts:
+        _print_parts(console, report, mark)
+    if report.quality:
+        _print_quality(console, report, mark)
+    console.print("within tolerance" if report.passed else verdict(report), highlight=False)
+
+
+def verdict(report: Report) -> str:
+    """One line that says what is out of tolerance and where it enters."""
+    failed = [part for part in report.parts if not part.passed]
+    if not failed:
+        return "OUT OF TOLERANCE: no part alone is; the error builds up over the layers"
+    # the rank whose own share of the sum is wrong, not its peers that got the sum
+    first = max((part for part in failed if part.module == failed[0].module), key=lambda part: part.own_relative)
+    return f"OUT OF TOLERANCE: the error enters in {first.module} on rank {first.rank} (relative {first.own_relative:.2e})"
+
+
+def _grouped(outputs: Any) -> list[tuple[tuple[int, str], list[Any]]]:
+    groups: dict[tuple[int, str], list[Any]] = {}
+    for each in outputs:
+        groups.setdefault((each.rank, each.scenario), []).append(each)
+    return sorted(groups.items(), key=lambda item: item[0][0])
+
+
+def _print_parts(console: Console, report: Report, mark: dict[bool, str]) -> None:
+    table = Table("module", "rank", "relative", "own share", "")
+    for part in report.parts:
+        table.add_row(
+            part.module, str(part.rank), f"{part.relative:.2e}", f"{part.own_relative:.2e}", mark[part.passed]
+        )
+    console.print("[bold]Each part alone[/bold], fed with PyTorch's values")
+    console.print(table)
+
+
+def _print_quality(console: Console, report: Report, mark: dict[bool, str]) -> None:
+    table = Table("input", "tokens", "max error", "KL", "top-1", "ppl", "HF's", "")
+    for each in report.quality:
+        likely = each.scenario != "random"  # what follows random tokens is random: its perplexity says nothing
+        table.add_row(
+            each.scenario,
+            str(each.tokens),
+            f"{each.max_abs:.2e}",
+            f"{each.kl:.2e}",
+            f"{each.top1:.2%}",
+            f"{each.perplexity:.4f}" if likely else "",
+            f"{each.hf_perplexity:.4f}" if likely else "",
+            mark[each.passed],
+        )
+    console.print("[bold]All ranks together against Hugging Face's model[/bold] (float32)")
+    console.print(table)
+
+
