@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import moecompiler
-from moecompiler.artifact import Artifact, ArtifactWriter, writing
+from moecompiler.artifact import Artifact
+from moecompiler.artifact_writer import ArtifactWriter, writing
 from moecompiler.atomic import fingerprint
 from moecompiler.backends.base import EngineLimits, find_backend
 from moecompiler.config import ModelConfig

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import moecompiler
-from moecompiler.artifact import writing
+from moecompiler.artifact_writer import writing
 from moecompiler.atomic import fingerprint, temporary_path
 from moecompiler.mapping import Mapping
 from moecompiler.tools import options as opt

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import moecompiler
-from moecompiler.artifact import Artifact, writing
+from moecompiler.artifact import Artifact
+from moecompiler.artifact_writer import writing
 from moecompiler.atomic import fingerprint, temporary_path
 from moecompiler.passes.pipelines import OPTIMIZE, find_pipeline
 from moecompiler.tools import options as opt
