@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -71,10 +72,12 @@ def validate(
     text_ids = encode_text(artifact, text, tokenizer_dir, notes)
     request = Request(directory, tuple(text_ids), tokens, against_hf, layers, seed)
     communicator = world(os.environ)
-    if communicator.world_size == 1:
-        report = run_in_threads(artifact.world_size, lambda each: validate_with(request, artifact, each))[0]
-    else:
-        report = _under_launcher(request, artifact, communicator)
+    errors = Console(stderr=True)
+    with errors.status("comparing engines with PyTorch") if errors.is_terminal else nullcontext():
+        if communicator.world_size == 1:
+            report = run_in_threads(artifact.world_size, lambda each: validate_with(request, artifact, each))[0]
+        else:
+            report = _under_launcher(request, artifact, communicator)
     if communicator.rank == 0:
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
