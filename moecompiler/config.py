@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from pathlib import Path
@@ -130,7 +131,7 @@ def load_config(source: str | Path) -> ModelConfig:
         raise UserError(
             f"{path}: not found; give a preset ({', '.join(PRESETS)}), a config.json or its folder"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: holds {type(data).__name__}, not a JSON object")
@@ -154,10 +155,16 @@ def parse_config(data: dict[str, Any], where: str) -> ModelConfig:
             raise UserError(f"{where}: {key} is {value!r}; it must be a positive integer")
         return value
 
+    def token_ids(key: str, default: int) -> tuple[int, ...]:
+        value = data.get(key, default)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+            raise UserError(f"{where}: {key} is {value!r}; it must be a token id, a list of them or null")
+        return tuple(ids)
+
     heads = integer("num_attention_heads")
     hidden = integer("hidden_size")
     theta, factor = _rope(data, where)
-    eos = data.get("eos_token_id", 2)
     config = ModelConfig(
         vocab_size=integer("vocab_size"),
         hidden_size=hidden,
@@ -168,15 +175,15 @@ def parse_config(data: dict[str, Any], where: str) -> ModelConfig:
         head_dim=integer("head_dim", hidden // heads),
         num_local_experts=integer("num_local_experts", 8),
         num_experts_per_tok=integer("num_experts_per_tok", 2),
-        max_position_embeddings=integer("max_position_embeddings", 32768),
-        rms_norm_eps=float(data.get("rms_norm_eps", 1e-5)),
+        max_position_embeddings=integer("max_position_embeddings", 4096 * 32),
+        rms_norm_eps=_number(data, "rms_norm_eps", 1e-5, where),
         rope_theta=theta,
         rope_scaling_factor=factor,
-        sliding_window=data.get("sliding_window"),
+        sliding_window=None if data.get("sliding_window") is None else integer("sliding_window"),
         tie_word_embeddings=bool(data.get("tie_word_embeddings", False)),
         dtype=data.get("dtype") or data.get("torch_dtype") or "float32",
-        bos_token_id=data.get("bos_token_id"),
-        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        bos_token_id=next(iter(token_ids("bos_token_id", 1)), None),
+        eos_token_ids=token_ids("eos_token_id", 2),
     )
     if config.num_attention_heads % config.num_key_value_heads:
         raise UserError(
@@ -193,15 +200,23 @@ def parse_config(data: dict[str, Any], where: str) -> ModelConfig:
     return config
 
 
+def _number(data: dict[str, Any], key: str, default: float, where: str) -> float:
+    value = data.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise UserError(f"{where}: {key} is {value!r}; it must be a positive number")
+    return float(value)
+
+
 def _rope(data: dict[str, Any], where: str) -> tuple[float, float]:
     """(theta, linear factor) from either spelling: ``rope_theta`` + ``rope_scaling``, or transformers 5's
     ``rope_parameters``."""
     rope = data.get("rope_parameters") or {}
     scaling = rope or data.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise UserError(f"{where}: the RoPE parameters are {scaling!r}; they must be a JSON object")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "linear"):
         raise UserError(f"{where}: RoPE scaling of type {kind!r} is not supported; absent or 'linear' is")
-    factor = float(scaling.get("factor", 1.0)) if kind == "linear" else 1.0
-    if factor <= 0:
-        raise UserError(f"{where}: the RoPE scaling factor is {factor}; it must be positive")
-    return float(rope.get("rope_theta", data.get("rope_theta", 1e6))), factor
+    factor = _number(scaling, "factor", 1.0, f"{where}: RoPE scaling") if kind == "linear" else 1.0
+    return _number(data | rope, "rope_theta", 1e6, where), factor

@@ -11,7 +11,8 @@ import moecompiler
 from moecompiler.artifact import Artifact
 from moecompiler.artifact_writer import ArtifactWriter, writing
 from moecompiler.atomic import fingerprint
-from moecompiler.backends.base import EngineLimits, find_backend
+from moecompiler.backends.base import EngineLimits
+from moecompiler.backends.choose import find_backend
 from moecompiler.config import ModelConfig
 from moecompiler.errors import UserError
 from moecompiler.passes.pipelines import OPTIMIZE

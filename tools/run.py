@@ -15,7 +15,8 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from moecompiler.artifact import Artifact
-from moecompiler.backends.base import EngineLimits, find_backend
+from moecompiler.backends.base import EngineLimits
+from moecompiler.backends.choose import find_backend
 from moecompiler.errors import UserError
 from moecompiler.runtime.communicator import Communicator, on_one_rank, using_communicator
 from moecompiler.runtime.generation import Generation, GenerationOptions, generate

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from moecompiler.artifact import Artifact
-from moecompiler.backends.base import EngineLimits, find_backend
+from moecompiler.backends.base import EngineLimits
+from moecompiler.backends.choose import find_backend
 from moecompiler.errors import UserError
 from moecompiler.runtime.communicator import Communicator, using_communicator
 from moecompiler.runtime.mpi import abort, world

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from moecompiler.errors import UserError
 from moecompiler.graph import Program
 from moecompiler.weights import TensorReader
 
@@ -49,16 +48,3 @@ class Backend(Protocol):
 
     def load(self, directory: Path, stem: str, limits: EngineLimits, threads: int) -> StageSession:
         """Loads a rank's engine; ``threads`` of the CPU for it (0: as many as there are)."""
-
-
-def backend_names() -> tuple[str, ...]:
-    return ("onnxruntime",)
-
-
-def find_backend(name: str) -> Backend:
-    """Imports a backend's library only when it is asked for. Raises UserError where there is no such backend."""
-    if name == "onnxruntime":
-        from moecompiler.backends.onnxruntime import OnnxRuntimeBackend
-
-        return OnnxRuntimeBackend()
-    raise UserError(f"--backend {name}: there is none of that name; choose from {', '.join(backend_names())}")
