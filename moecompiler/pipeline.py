@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.logger import G_LOGGER
 
-from moecompiler.graph import Program
+from moecompiler.graph import DOMAIN, Program
+from moecompiler.ops import OpSpec, add_function
 from moecompiler.weights import Recipe
 
 
@@ -74,9 +75,19 @@ def apply(step: Pass, program: Program) -> tuple[Program, PassResult]:
     tensors = graph.tensors()
     model = gs.export_onnx(graph)
     model.producer_version = program.model.producer_version
+    for spec in _specs(step, graph):
+        add_function(model, spec)
     kept = {name: recipe for name, recipe in weights.items() if name in tensors}
     result = PassResult(step.name, tuple(changes), before, len(graph.nodes), time.perf_counter() - started)
     return Program(model, kept), result
+
+
+def _specs(step: Pass, graph: gs.Graph) -> list[OpSpec]:
+    """The ops of the pass that are in the graph, with the bodies that their attributes ask for."""
+    specs_for = getattr(step, "spec_of", None)
+    if specs_for is None:
+        return []
+    return [spec for node in graph.nodes if node.domain == DOMAIN and (spec := specs_for(node)) is not None]
 
 
 def in_stable_order(graph: gs.Graph) -> list[gs.Node]:

@@ -79,6 +79,7 @@ def _reaches_end(end: int, dim: int | str) -> bool:
     return end >= dim if isinstance(dim, int) else bool(end >= np.iinfo(np.int32).max)
 
 
+# no Squeeze: without axes it removes every axis of size 1 in ONNX Runtime, and none by ONNX's reference
 _RULES: dict[str, Callable[[gs.Node], bool]] = {
     "Identity": lambda node: True,
     "Cast": _is_noop_cast,
@@ -89,7 +90,4 @@ _RULES: dict[str, Callable[[gs.Node], bool]] = {
     "Expand": lambda node: _same_static_shape(node.inputs[0], node.outputs[0]),
     "Transpose": lambda node: list(node.attrs.get("perm", ())) == list(range(len(node.attrs.get("perm", ())))) != [],
     "Unsqueeze": lambda node: isinstance(node.inputs[1], gs.Constant) and node.inputs[1].values.size == 0,
-    "Squeeze": lambda node: (
-        len(node.inputs) > 1 and isinstance(node.inputs[1], gs.Constant) and node.inputs[1].values.size == 0
-    ),
 }

@@ -28,6 +28,8 @@ class ConstantFolding:
     def rewrite(self, graph: gs.Graph, weights: dict[str, Recipe]) -> list[Change]:
         changes = []
         for node in list(graph.nodes):
+            if any(output in graph.outputs for output in node.outputs):
+                continue  # a graph output needs a node that writes it
             if _transposes_a_weight(node, weights):
                 constant = _transposed_weight(node, weights)
                 what = "transposed a weight by reference"
@@ -39,13 +41,13 @@ class ConstantFolding:
                 what = f"folded {node.op}"
             else:
                 continue
-            _replace(graph, node, constant)
+            _replace(node, constant)
             changes.append(Change(what, node.name, module_of(node.name)))
         return changes
 
 
 def _is_foldable(node: gs.Node, weights: dict[str, Recipe]) -> bool:
-    """One standard op with one output, which no graph output names, over constants that are no weights."""
+    """One standard op with one output over constants that are no weights."""
     return (
         node.domain in ("", None)
         and node.op not in _NOT_PURE
@@ -98,10 +100,8 @@ def _transposed_weight(node: gs.Node, weights: dict[str, Recipe]) -> gs.Constant
     return gs.Constant(name, LazyValues(weight_tensor(name, weights[name])))
 
 
-def _replace(graph: gs.Graph, node: gs.Node, constant: gs.Constant) -> None:
+def _replace(node: gs.Node, constant: gs.Constant) -> None:
     (output,) = node.outputs
     for reader in list(output.outputs):
         reader.inputs = [constant if tensor is output else tensor for tensor in reader.inputs]
-    if any(tensor is output for tensor in graph.outputs):
-        return  # a graph output needs a node that writes it
     node.outputs.clear()

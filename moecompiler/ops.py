@@ -1,0 +1,74 @@
+"""Fused ops: each is an ONNX function whose body is the subgraph it stands for.
+
+A node of domain ``moecompiler`` with its function in the file is a plain ONNX program: whatever reads the file inlines the
+body. Without the function the node is looked up in the backend's plugin registry. So the body is the op's specification and
+a plugin's reference in one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import parser
+
+from moecompiler.graph import DOMAIN, OPSET
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Value:
+    """An input or output of an op: its dims by name (a dim of the same name is the same size) and its element type, ``T`` for
+    the op's own floating-point type, else an ONNX type's name."""
+
+    name: str
+    dims: tuple[str, ...]
+    type: str = "T"
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """A fused op.
+
+    ``attributes`` names each attribute and its Python type. ``body`` is the function's text as ``onnx.parser`` reads it,
+    without the signature (``#`` begins a comment); it may refer to attributes as ``@name`` and must not depend on sizes.
+    ``weights`` names the inputs that are weights, which a quantized variant takes with scales.
+    """
+
+    name: str
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    attributes: Mapping[str, type]
+    body: str
+    weights: tuple[str, ...] = ()
+
+    def function(self) -> onnx.FunctionProto:
+        """The op as an ONNX function at opset 21."""
+        attributes = f"<{', '.join(self.attributes)}>" if self.attributes else ""
+        inputs, outputs = (", ".join(value.name for value in values) for values in (self.inputs, self.outputs))
+        header = f'<opset_import: ["": {OPSET}], domain: "{DOMAIN}">'
+        body = re.sub(r"#.*", "", self.body)
+        return parser.parse_function(f"{header}\n{self.name} {attributes} ({inputs}) => ({outputs})\n{{{body}}}")
+
+    def node(
+        self, name: str, inputs: Sequence[gs.Tensor], outputs: Sequence[gs.Tensor], attributes: Mapping[str, Any]
+    ) -> gs.Node:
+        """A node of this op. Raises: ValueError where inputs, outputs or attributes are not the op's."""
+        if len(inputs) != len(self.inputs) or len(outputs) != len(self.outputs):
+            raise ValueError(f"{self.name} takes {len(self.inputs)} inputs and gives {len(self.outputs)} outputs")
+        if set(attributes) != set(self.attributes):
+            raise ValueError(f"{self.name} has attributes {sorted(self.attributes)}, not {sorted(attributes)}")
+        return gs.Node(self.name, name, dict(attributes), list(inputs), list(outputs), domain=DOMAIN)
+
+
+def add_function(model: onnx.ModelProto, spec: OpSpec) -> None:
+    """Puts the op's function into the file, once, and declares its domain."""
+    if not any(function.name == spec.name and function.domain == DOMAIN for function in model.functions):
+        model.functions.append(spec.function())
+    if not any(opset.domain == DOMAIN for opset in model.opset_import):
+        model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))

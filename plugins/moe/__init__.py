@@ -1,0 +1,1 @@
+"""Mixture of SwiGLU experts: routing, expert matrices, weighted combination."""

@@ -1,0 +1,1 @@
+"""RMS normalization, alone and with the residual addition before it."""
