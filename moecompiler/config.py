@@ -12,6 +12,7 @@ from typing import Any
 from moecompiler.errors import UserError
 
 DTYPES = ("float16", "bfloat16", "float32")
+SPARSE_MIXER_EPSILON = 0.01
 
 
 class NormalizationMode(IntEnum):

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from moecompiler.config import NormalizationMode
-
-SPARSE_MIXER_EPSILON = 0.01
+from moecompiler.config import SPARSE_MIXER_EPSILON, NormalizationMode
 
 
 def route(logits: torch.Tensor, top_k: int, mode: NormalizationMode) -> tuple[torch.Tensor, torch.Tensor]:

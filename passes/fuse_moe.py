@@ -8,9 +8,10 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from moecompiler.config import NormalizationMode
 from moecompiler.graph import module_of, node_name, weight_tensor
 from moecompiler.ops import OpSpec
-from moecompiler.passes.moe_patterns import EXPERTS, halves_differ, routing_of
+from moecompiler.passes.moe_patterns import EXPERTS, halves_differ
 from moecompiler.passes.pattern import Match, escaping
 from moecompiler.passes.pattern_pass import PatternPass
+from moecompiler.passes.routing_patterns import routing_of
 from moecompiler.plugins.moe.op import moe_spec
 from moecompiler.weights import Recipe
 

@@ -6,9 +6,8 @@ graph holds one of them.
 
 from __future__ import annotations
 
-from moecompiler.config import NormalizationMode
+from moecompiler.config import SPARSE_MIXER_EPSILON, NormalizationMode
 from moecompiler.ops import OpSpec, Value
-from moecompiler.routing import SPARSE_MIXER_EPSILON
 
 _TOP_K = """
     top_k_scalar = Constant<value_int: int = @top_k>()
