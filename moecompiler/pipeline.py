@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.logger import G_LOGGER
 
+from moecompiler.errors import UserError
 from moecompiler.graph import DOMAIN, Program
 from moecompiler.ops import OpSpec, add_function
 from moecompiler.weights import Recipe
@@ -27,6 +28,20 @@ class Change:
     what: str
     node: str
     module: str
+
+
+@dataclass(frozen=True)
+class Missed:
+    """An HF module in which a pass should have matched and did not: how many nodes of its pattern did, at its nearest, which
+    node was in the way, and why."""
+
+    module: str
+    depth: int
+    node: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.module} (nearest miss: {self.depth} nodes matched, then at {self.node}: {self.reason})"
 
 
 class Pass(Protocol):
@@ -47,6 +62,7 @@ class PassResult:
     nodes_before: int
     nodes_after: int
     seconds: float
+    missed: tuple[Missed, ...] = ()
 
     @property
     def matches(self) -> int:
@@ -78,7 +94,9 @@ def apply(step: Pass, program: Program) -> tuple[Program, PassResult]:
     for spec in _specs(step, graph):
         add_function(model, spec)
     kept = {name: recipe for name, recipe in weights.items() if name in tensors}
-    result = PassResult(step.name, tuple(changes), before, len(graph.nodes), time.perf_counter() - started)
+    missed = tuple(step.missed(graph, weights)) if hasattr(step, "missed") else ()
+    seconds = time.perf_counter() - started
+    result = PassResult(step.name, tuple(changes), before, len(graph.nodes), seconds, missed)
     return Program(model, kept), result
 
 
@@ -116,12 +134,28 @@ def in_stable_order(graph: gs.Graph) -> list[gs.Node]:
 
 
 def run_passes(
-    passes: Sequence[Pass], program: Program, progress: Callable[[float], None] = lambda fraction: None
+    passes: Sequence[Pass],
+    program: Program,
+    progress: Callable[[float], None] = lambda fraction: None,
+    *,
+    allow_missed: bool = False,
 ) -> tuple[Program, list[PassResult]]:
-    """Runs ``passes`` in order; ``progress`` is told the fraction done."""
+    """Runs ``passes`` in order; ``progress`` is told the fraction done.
+
+    Raises: UserError where a pass did not match in a module where it should have, unless ``allow_missed``.
+    """
     results = []
     for index, step in enumerate(passes):
         program, result = apply(step, program)
+        if result.missed and not allow_missed:
+            raise UserError(f"{missed_text(result)}; --allow_missed goes on without")
         results.append(result)
         progress((index + 1) / len(passes))
     return program, results
+
+
+def missed_text(result: PassResult) -> str:
+    """One line: how often a pass did not match, and its nearest miss the first time."""
+    first, *others = result.missed
+    more = f", and {len(others)} more" if others else ""
+    return f"pass {result.name}: did not match in {first}{more}"

@@ -67,6 +67,8 @@ class FuseAttention(PatternPass):
     """Fuses what lies between a layer's q/k/v projections and its output projection into one op, cache update included."""
 
     name = "fuse-attention"
+    modules = r"(.+\.)?self_attn"
+    op_names = ("Attention",)
     pattern = Op("Reshape", (Op("Transpose", (Op("Reshape", (_MIXED,)),), test=permutes(0, 2, 1, 3)),), name="output")
     ops: ClassVar[tuple[OpSpec, ...]] = (ATTENTION,)
 

@@ -39,6 +39,8 @@ class FuseContextAttention(PatternPass):
     """Fuses attention over the given tokens alone, as Hugging Face's decoder models export it, into one op."""
 
     name = "fuse-context-attention"
+    modules = r"(.+\.)?self_attn"
+    op_names = ("ContextAttention",)
     pattern = Op("Reshape", (Op("Transpose", (_MIXED,), test=permutes(0, 2, 1, 3)),), name="output")
     ops: ClassVar[tuple[OpSpec, ...]] = (CONTEXT_ATTENTION,)
 

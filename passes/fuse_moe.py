@@ -20,6 +20,8 @@ class FuseMoE(PatternPass):
     """Swaps each MoE block, from its router's product to the sum over experts, for one op that takes the weights whole."""
 
     name = "fuse-moe"
+    modules = r"(.+\.)?experts"
+    op_names = ("MoE",)
     pattern = EXPERTS
 
     def check(self, found: Match, graph: gs.Graph, weights: dict[str, Recipe]) -> str | None:

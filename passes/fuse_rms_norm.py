@@ -44,6 +44,8 @@ class FuseRMSNorm(PatternPass):
     """Fuses each RMS normalization, in float32 with casts around it or in the graph's own type, into one op."""
 
     name = "fuse-rms-norm"
+    modules = r"(.+\.)?\w*norm"
+    op_names = ("RMSNorm", "AddRMSNorm")
     pattern = Op("Mul", (Var("weight"), Through(("Cast",), _SCALED)), commutative=True)
     ops: ClassVar[tuple[OpSpec, ...]] = (RMS_NORM,)
 

@@ -1,27 +1,32 @@
-"""A pass made of a pattern, a check and a rewrite."""
+"""A pass made of a pattern, a check and a rewrite, which says where it should have matched."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import ClassVar
 
 import onnx_graphsurgeon as gs
 
-from moecompiler.graph import module_of
+from moecompiler.graph import DOMAIN, module_of
 from moecompiler.ops import OpSpec
 from moecompiler.passes.pattern import Match, Miss, Op, match
-from moecompiler.pipeline import Change
+from moecompiler.pipeline import Change, Missed
 from moecompiler.weights import Recipe
 
 
 class PatternPass:
     """Tries ``pattern`` at every node, from the start of the graph to its end.
 
-    ``check`` says why a match is not one after all, or None; ``replace`` rewrites it. ``expected`` says how often the pass
-    must match in a graph, or None where any number will do. ``nearest_miss`` is what an error tells.
+    ``check`` says why a match is not one after all, or None; ``replace`` rewrites it. ``modules`` is a regular expression for
+    the HF modules in each of which one of ``op_names`` must stand afterwards; a graph that does not say where its nodes come
+    from is expected to match nowhere in particular.
     """
 
     name: ClassVar[str]
     pattern: ClassVar[Op]
+    modules: ClassVar[str]
+    op_names: ClassVar[tuple[str, ...]]
     ops: ClassVar[tuple[OpSpec, ...]] = ()
 
     def spec_of(self, node: gs.Node) -> OpSpec | None:
@@ -44,10 +49,26 @@ class PatternPass:
             changes.append(Change(self.replace(found, graph, weights), node.name, module_of(node.name)))
         return changes
 
-    def nearest_miss(self, graph: gs.Graph, weights: dict[str, Recipe]) -> Miss:
-        """The node where the pattern came deepest without matching; a match that failed its check came deepest of all."""
-        nearest = Miss()
+    def missed(self, graph: gs.Graph, weights: dict[str, Recipe]) -> list[Missed]:
+        """The modules in which the pass should have matched and did not, each with its nearest miss."""
+        members: dict[str, list[gs.Node]] = {}
         for node in graph.nodes:
+            for module in _ancestors(module_of(node.name)):
+                if re.fullmatch(self.modules, module):
+                    members.setdefault(module, []).append(node)
+        result = []
+        for module, nodes in members.items():
+            if not any(node.domain == DOMAIN and node.op in self.op_names for node in nodes):
+                miss = self.nearest_miss(graph, weights, nodes)
+                where = miss.node.name if miss.node is not None else module
+                result.append(Missed(module, max(0, miss.depth), where, miss.reason))
+        return result
+
+    def nearest_miss(self, graph: gs.Graph, weights: dict[str, Recipe], nodes: Iterable[gs.Node] | None = None) -> Miss:
+        """Where, among ``nodes`` (all), the pattern came deepest without matching; a match that failed its check came deepest of
+        all."""
+        nearest = Miss()
+        for node in graph.nodes if nodes is None else nodes:
             miss = Miss()
             found = match(self.pattern, node, miss)
             if found is not None:
@@ -58,3 +79,9 @@ class PatternPass:
             if miss.depth > nearest.depth:
                 nearest = miss
         return nearest
+
+
+def _ancestors(module: str) -> list[str]:
+    """The module itself and those that hold it."""
+    parts = module.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
