@@ -49,6 +49,7 @@ class OnnxRuntimeBackend:
         """Writes ``stem.onnx`` and ``stem.safetensors`` under temporary names; one weight is in memory at a time."""
         model_name, weights_name = f"{stem}.onnx", f"{stem}.safetensors"
         staged = {name: temporary_path(directory / name) for name in (weights_name, model_name)}
+        program = lower(program)
         total = max(1, sum(recipe.nbytes for recipe in program.weights.values()))
         written = 0
 
@@ -63,7 +64,7 @@ class OnnxRuntimeBackend:
             lambda name: materialize(program.weights[name], reader),
             advance,
         )
-        model = point_weights_at(lower(program), weights_name).model
+        model = point_weights_at(program, weights_name).model
         staged[model_name].write_bytes(model.SerializeToString(deterministic=True))
         return staged
 
@@ -83,9 +84,7 @@ def open_part(model: onnx.ModelProto, directory: Path, threads: int = 0) -> onnx
     return _open(model.SerializeToString(), options, threads)
 
 
-def _open(
-    model: str | bytes, options: onnxruntime.SessionOptions, threads: int
-) -> onnxruntime.InferenceSession:
+def _open(model: str | bytes, options: onnxruntime.SessionOptions, threads: int) -> onnxruntime.InferenceSession:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     with _ONE_AT_A_TIME:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from moecompiler.graph import DOMAIN, Program
+from moecompiler.weights import NUMPY_DTYPES, Recipe
 
 CUSTOM_OPS_DOMAIN = "ai.onnx.contrib"
 COLLECTIVES = ("AllReduce", "AllGather")
@@ -18,9 +20,19 @@ def lower(program: Program) -> Program:
     Runtime's CPU provider has hardly any bfloat16 kernel), and float16 stays."""
     model = onnx.ModelProto()
     model.CopyFrom(program.model)
+    _inline_literals(model, program.weights)
     _compute_bfloat16_as_float32(model)
     _call_python_for_collectives(model)
-    return Program(model, program.weights)
+    return Program(model, {name: recipe for name, recipe in program.weights.items() if recipe.values is None})
+
+
+def _inline_literals(model: onnx.ModelProto, weights: Mapping[str, Recipe]) -> None:
+    """What is not the checkpoint's goes into the graph: ONNX Runtime's shape inference wants to see small integers."""
+    for index, tensor in enumerate(model.graph.initializer):
+        recipe = weights.get(tensor.name)
+        if recipe is not None and recipe.values is not None:
+            array = np.array(recipe.values, NUMPY_DTYPES[recipe.dtype]).reshape(recipe.shape)
+            model.graph.initializer[index].CopyFrom(numpy_helper.from_array(array, tensor.name))
 
 
 def _compute_bfloat16_as_float32(model: onnx.ModelProto) -> None:
