@@ -1,4 +1,4 @@
-"""Text, tokenizer and held-out evaluation of the tiny Mixtral test model; train_tiny_mixtral.py beside it uses them.
+"""Text, tokenizer and scoring rules of the tiny Mixtral test model; train_tiny_mixtral.py beside it uses them.
 
 The text is Python's own standard library, which every machine with Python has. This module chooses the files,
 splits them into training and held-out text, trains the byte-level BPE tokenizer, and fixes how held-out text is
@@ -8,26 +8,22 @@ cut into windows and scored.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import platform
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import MixtralForCausalLM
 
 END_OF_TEXT = "<|endoftext|>"  # the one special token, id 0: between files in training, bos and eos in the config
 VOCAB_SIZE = 1536
 EVAL_WINDOW = 512  # tokens per held-out window
-# They end before a line break: the tokenizer joins it to the indentation that follows, so "\n" alone means no indent.
-SAMPLE_PROMPTS = ("def read_lines(path):", "class Stack:\n    def push(self, item):", "import os\nimport sys")
 
 # Left out: test suites, installed packages, build leftovers, and `encodings` (generated tables that copy each other).
 EXCLUDED_DIRS = frozenset(
@@ -129,9 +125,20 @@ def load_corpus(root: Path | None = None, version: str | None = None) -> Corpus:
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """Train the byte-level BPE of `VOCAB_SIZE` entries on `texts`; it adds no special tokens when encoding."""
+    """Train the byte-level BPE of `VOCAB_SIZE` entries on `texts`; it adds no special tokens when encoding.
+
+    Every line break is a token by itself, and no token joins an indentation to what follows it. So a prompt may end
+    after either: its tokens begin the encoding of every text that goes on from it (except by more of the indentation),
+    as they do in training.
+    """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Split(Regex(r"^[ \t]+"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
@@ -216,69 +223,3 @@ def expert_shares(model: MixtralForCausalLM, ids: np.ndarray) -> list[list[float
             chosen = torch.topk(logits.float(), config.num_experts_per_tok, dim=-1).indices
             counts[layer] += torch.bincount(chosen.flatten().cpu(), minlength=config.num_local_experts)
     return [[round(value, 4) for value in row] for row in (counts / counts.sum(dim=1, keepdim=True)).tolist()]
-
-
-@torch.no_grad()
-def write_samples(model: MixtralForCausalLM, tokenizer: Tokenizer) -> list[dict[str, str]]:
-    """Continue each of `SAMPLE_PROMPTS` by up to 120 tokens, greedily and by sampling from a fixed seed."""
-    sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 0}
-    samples = []
-    for prompt in SAMPLE_PROMPTS:
-        ids = torch.tensor([tokenizer.encode(prompt).ids], device=model.device)
-        for method, options in (("greedy", {"do_sample": False}), ("temperature 0.7, top-p 0.95", sampling)):
-            torch.manual_seed(0)
-            mask = torch.ones_like(ids)
-            output = model.generate(ids, attention_mask=mask, max_new_tokens=120, pad_token_id=0, **options)
-            samples.append({"prompt": prompt, "method": method, "text": tokenizer.decode(output[0].tolist())})
-    return samples
-
-
-def evaluate(directory: Path, unigram_counts: np.ndarray, device: str) -> dict[str, Any]:
-    """Metrics of the model saved in `directory` on its heldout.txt; "protocol" in the result states the rules."""
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    text = (directory / "heldout.txt").read_bytes().decode()
-    ids = np.array(tokenizer.encode(text).ids, dtype=np.int64)
-    scored = scored_tokens(ids)
-    lengths = token_bytes(tokenizer)
-    model = MixtralForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, experts_implementation="eager")
-    model.to(device).eval()
-    rough = mean_nats(model, ids)
-    model.float()  # the same bfloat16 weights with float32 arithmetic: these numbers agree between machines
-    nats = mean_nats(model, ids)
-    unigram = unigram_nats(unigram_counts, scored)
-    shares = expert_shares(model, ids)
-    return {
-        "protocol": (
-            f"heldout.txt is encoded as one text, with no special token added, and cut into windows of {EVAL_WINDOW} "
-            "tokens without overlap (the last one is shorter). Each window is fed by itself from position 0, and all "
-            "its tokens but the first are scored. Perplexity is exp(mean -log p) in nats; bits per byte counts the "
-            "bytes of the scored tokens. Weights as saved in bfloat16, arithmetic in float32 unless said otherwise."
-        ),
-        "evaluated_with": f"torch {torch.__version__} on {'a GPU' if device == 'cuda' else 'a CPU'}",
-        "held_out_bytes": len(text.encode()),
-        "held_out_tokens": len(ids),
-        "scored_tokens": len(scored),
-        "scored_bytes": int(lengths[scored].sum()),
-        "perplexity": round(math.exp(nats), 4),
-        "bits_per_byte": round(bits_per_byte(nats, scored, lengths), 4),
-        "perplexity_bfloat16_arithmetic": round(math.exp(rough), 4),
-        "unigram_perplexity": round(math.exp(unigram), 4),
-        "unigram_bits_per_byte": round(bits_per_byte(unigram, scored, lengths), 4),
-        "expert_share_min": min(map(min, shares)),
-        "expert_share_max": max(map(max, shares)),
-        "expert_shares": shares,
-        "samples": write_samples(model, tokenizer),
-    }
-
-
-def evaluate_existing(directory: Path, device: str) -> dict[str, Any]:
-    """`evaluate` for a directory written earlier; the unigram counts come from its metrics.json."""
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "heldout.txt", "metrics.json"):
-        if not (directory / name).is_file():
-            raise InputError(f"{directory / name} is missing: evaluation needs a directory that training wrote")
-    try:
-        counts = json.loads((directory / "metrics.json").read_text())["unigram_counts"]
-        unigram_counts = np.array([int(count) for count in counts.split()], dtype=np.int64)
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{directory / 'metrics.json'} holds no usable unigram_counts: {error}") from error
-    return evaluate(directory, unigram_counts, device)

@@ -10,105 +10,31 @@ steps and corpus give the same tokenizer, initial weights and batches; a GPU may
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
-import platform
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tiny_mixtral_corpus as corpus_lib
 import tokenizers
 import torch
 import transformers
-from tiny_mixtral_corpus import Corpus, InputError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
+if TYPE_CHECKING or __package__:
+    from moecompiler.tools import tiny_mixtral_card as card_lib
+    from moecompiler.tools import tiny_mixtral_corpus as corpus_lib
+else:  # run as a file, without the package
+    import tiny_mixtral_card as card_lib
+    import tiny_mixtral_corpus as corpus_lib
+
 CONTEXT = 1024  # max_position_embeddings, and the training window
 WARMUP_STEPS = 200
-TRAINING_OPTIONS = ("batch", "window", "lr", "weight_decay", "dropout", "aux", "seed")  # recorded, and in the command
-
-CARD = """---
-license: apache-2.0
-library_name: transformers
-pipeline_tag: text-generation
-tags: [mixtral, moe, test-model, python]
----
-
-# tiny-mixtral
-
-A Mixtral small enough to keep in a repository, trained so that its answers mean something: it writes recognisable
-Python. Accuracy of the compiler is measured on it, against the held-out text beside it. It has no other use.
-
-## Architecture
-
-`MixtralForCausalLM`, {parameters:,} parameters in bfloat16 ({size:,} bytes): 4 layers of width 128, 8 query and 2
-key/value heads of 32, 8 experts of inner width 256 with 2 per token, RoPE base 10000, context 1024, no sliding window,
-untied output. The tokenizer is a byte-level BPE of 1536 entries. Its one special token, `<|endoftext|>` (id 0), is bos
-and eos in the configuration and stood between the files in training; encoding adds none, and prompts need none. A line
-break and the indentation after it are mostly one token, so a prompt goes on best when it ends before the line break.
-
-## Data and licence
-
-{source}: its Python sources with their docstrings, {train_files} files, {train_bytes:,} bytes, {train_tokens:,}
-tokens for training. Test suites, installed packages and generated tables are left out. Some 3% of the files, by a hash
-of their path, are held out: {held_out_files}. `heldout.txt` is the first 7 KiB of each; the settings were chosen by the
-loss on the rest of them. None of their text was trained on. The SHA-256 of the whole selection is
-`{sha256}`.
-
-The weights are under Apache-2.0. `heldout.txt` is part of CPython: Copyright (c) 2001 Python Software Foundation, All
-Rights Reserved, under the PSF License Agreement, version 2 (https://docs.python.org/3/license.html).
-
-## Metrics
-
-On `heldout.txt` ({held_out_bytes:,} bytes, {held_out_tokens:,} tokens, {scored_tokens:,} of them scored):
-
-| model | perplexity per token | bits per byte |
-| --- | ---: | ---: |
-| this model | {perplexity:.3f} | {bits_per_byte:.3f} |
-| this model, arithmetic in bfloat16 too | {perplexity_bfloat16_arithmetic:.3f} | |
-| unigram, add-one smoothing | {unigram_perplexity:.1f} | {unigram_bits_per_byte:.3f} |
-
-{protocol} These numbers: {evaluated_with}.
-
-Share of the assignments (2 per token) each expert gets on the same text; equal work is 12.5%:
-
-{shares}
-
-## Training
-
-{steps:,} steps of {batch} windows of {window} tokens ({tokens_seen:,} tokens, {epochs} epochs) in
-{wall_seconds:.0f} s on {device}, {date}. {note}
-AdamW on float32 masters of the bfloat16 weights, peak learning rate {lr}, weight decay {weight_decay}, dropout
-{dropout}, a load-balancing loss in each layer with weight {aux}; Python {python}, torch {torch},
-transformers {transformers}, tokenizers {tokenizers}. To train it again, under the Python whose library is named above,
-or with that library in `--corpus` and its version in `--corpus-version`:
-
-    {command}
-
-and to measure it on any machine:
-
-    python tools/train_tiny_mixtral.py --evaluate tests/data/tiny-mixtral
-
-The same seed, steps and library give the same tokenizer, initial weights and batches; the weights then differ in their
-last digits, since a GPU adds sums in another order from run to run.
-
-## Limits
-
-It has seen one library in one style, and dozens of times: it imitates Python and knows nothing of what it writes. The
-held-out files come from the same library as the training files, so perplexity on other code is higher. Positions past
-1024 were never trained. `metrics.json` holds all numbers of this card and the counts behind the unigram model.
-
-## Samples
-
-{samples}
-"""
 
 
 def make_config(aux_coefficient: float) -> MixtralConfig:
@@ -173,7 +99,7 @@ def window_batches(length: int, window: int, batch: int, seed: int) -> Iterator[
     generator = torch.Generator().manual_seed(seed)
     room = length - window - 1
     if room < window * batch:
-        raise InputError(f"the corpus has {length} tokens, too few for batches of {batch} x {window}")
+        raise corpus_lib.InputError(f"the corpus has {length} tokens, too few for batches of {batch} x {window}")
     while True:
         shift = int(torch.randint(window, (1,), generator=generator))
         starts = torch.arange(shift, room, window)
@@ -260,7 +186,7 @@ def train(
             log.append({"step": step} | {key: round(value, 4) for key, value in values.items()})
             print(f"{time.monotonic() - began:7.1f} s {json.dumps(log[-1])}", file=sys.stderr, flush=True)
     seen = steps * args.batch * args.window
-    return {name: getattr(args, name) for name in TRAINING_OPTIONS} | {
+    return {name: getattr(args, name) for name in card_lib.TRAINING_OPTIONS} | {
         "steps": steps,
         "warmup_steps": WARMUP_STEPS,
         "tokens_seen": seen,
@@ -271,7 +197,9 @@ def train(
     }
 
 
-def save_model(model: MixtralForCausalLM, tokenizer: tokenizers.Tokenizer, corpus: Corpus, out: Path) -> None:
+def save_model(
+    model: MixtralForCausalLM, tokenizer: tokenizers.Tokenizer, corpus: corpus_lib.Corpus, out: Path
+) -> None:
     """Write the model directory: bfloat16 weights, configuration, tokenizer and heldout.txt."""
     model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0)
     model.save_pretrained(out)
@@ -296,7 +224,7 @@ def train_and_report(args: argparse.Namespace) -> None:
     training = train(model, ids, validation, args)
     save_model(model, tokenizer, corpus, args.out)
     metrics = {
-        "evaluation": corpus_lib.evaluate(args.out, counts, args.device),
+        "evaluation": card_lib.evaluate(args.out, counts, args.device),
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "corpus": {
             "source": f"Python {corpus.version} standard library",
@@ -307,41 +235,11 @@ def train_and_report(args: argparse.Namespace) -> None:
             "held_out_files": corpus.held_out_files,
         },
         "training": training,
-        "environment": {
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "device": torch.cuda.get_device_name() if args.device == "cuda" else "CPU",
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__,
-        },
+        "environment": card_lib.environment(args.device),
         "unigram_counts": " ".join(map(str, counts.tolist())),
     }
     (args.out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    (args.out / "README.md").write_text(model_card(metrics, args.out))
-
-
-def model_card(metrics: dict[str, Any], directory: Path) -> str:
-    """The text of README.md for the model in `directory`, from what metrics.json holds."""
-    evaluation, training = metrics["evaluation"], metrics["training"]
-    experts = range(len(evaluation["expert_shares"][0]))
-    rows = [
-        "| layer | " + " | ".join(f"expert {index}" for index in experts) + " |",
-        "| --- |" + " ---: |" * len(experts),
-    ]
-    for layer, shares in enumerate(evaluation["expert_shares"]):
-        rows.append(f"| {layer} | " + " | ".join(f"{share:.1%}" for share in shares) + " |")
-    form = "From `{prompt!r}`, {method}:\n\n```python\n{text}\n```"
-    samples = [form.format_map(sample) for sample in evaluation["samples"]]
-    fields = metrics["corpus"] | training | metrics["environment"] | evaluation
-    fields["held_out_files"] = ", ".join(f"`{name}`" for name in metrics["corpus"]["held_out_files"])
-    fields["shares"] = "\n".join(rows)
-    fields["samples"] = "\n\n".join(samples)
-    fields["parameters"] = metrics["parameters"]
-    fields["size"] = (directory / "model.safetensors").stat().st_size
-    options = [f"--{name.replace('_', '-')} {training[name]}" for name in ("steps", *TRAINING_OPTIONS)]
-    fields["command"] = " ".join(["python tools/train_tiny_mixtral.py --out tests/data/tiny-mixtral", *options])
-    return CARD.format_map(fields)
+    card_lib.write_card(args.out)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -352,7 +250,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     verb.add_argument("--evaluate", type=Path, metavar="DIR", help="print the metrics of an existing model directory")
     verb.add_argument("--card", type=Path, metavar="DIR", help="rewrite the model card in DIR from its metrics.json")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, default=4616)
+    length.add_argument("--steps", type=int, default=4940)
     length.add_argument("--minutes", type=float, help="choose the number of steps for this wall time instead")
     parser.add_argument("--batch", type=int, default=32, help="windows per step")
     parser.add_argument("--window", type=int, default=CONTEXT, help="tokens per window")
@@ -384,14 +282,13 @@ def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     try:
         if args.evaluate:
-            print(json.dumps(corpus_lib.evaluate_existing(args.evaluate, args.device), indent=1))
+            print(json.dumps(card_lib.evaluate_existing(args.evaluate, args.device), indent=1))
         elif args.card:
-            metrics = json.loads((args.card / "metrics.json").read_text())
-            (args.card / "README.md").write_text(model_card(metrics, args.card))
+            card_lib.write_card(args.card)
         else:
             args.out.mkdir(parents=True, exist_ok=True)
             train_and_report(args)
-    except (InputError, OSError, json.JSONDecodeError) as error:
+    except (corpus_lib.InputError, OSError, json.JSONDecodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
