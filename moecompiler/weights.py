@@ -6,6 +6,7 @@ joined and written to JSON, so a graph can be exported and rewritten without a b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -86,6 +87,21 @@ class Recipe:
             return Recipe(data["dtype"], shape, values=tuple(data["values"]))
         pieces = tuple(Piece(source, *map(tuple, boxes)) for source, *boxes in data["pieces"])
         return Recipe(data["dtype"], shape, pieces)
+
+
+def joined(recipes: Sequence[Recipe], axis: int) -> Recipe:
+    """The tensors one after another along ``axis``. Raises: ValueError where they do not fit together."""
+    first = recipes[0]
+    others = {(r.dtype, r.shape[:axis], r.shape[axis + 1 :], r.values is None) for r in recipes}
+    if len(others) != 1 or first.values is not None:
+        raise ValueError("recipes to be joined differ in dtype or in another axis, or are literals")
+    pieces, at = [], 0
+    for recipe in recipes:
+        for piece in recipe.pieces:
+            moved = (*piece.at[:axis], piece.at[axis] + at, *piece.at[axis + 1 :])
+            pieces.append(Piece(piece.source, piece.start, piece.shape, moved, piece.perm))
+        at += recipe.shape[axis]
+    return Recipe(first.dtype, (*first.shape[:axis], at, *first.shape[axis + 1 :]), tuple(pieces))
 
 
 def materialize(recipe: Recipe, reader: TensorReader) -> np.ndarray:

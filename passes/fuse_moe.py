@@ -42,7 +42,7 @@ class FuseMoE(PatternPass):
         last = _with_cast(found.nodes[0])
         (y,) = last.outputs
         last.outputs.clear()
-        tensors = found.tensors | routing.match.tensors
+        tensors = {**found.tensors, **routing.match.tensors}
         spec = moe_spec(routing.mode, routing.top_k)
         inputs = [
             tensors["x"],
