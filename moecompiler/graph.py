@@ -100,13 +100,15 @@ def load_program(path: Path) -> Program:
         raise UserError(f"{path}: not found") from None
     except Exception as error:  # protobuf's decode errors share no base class
         raise UserError(f"{path}: is not an ONNX file: {error}") from None
+    if not model.HasField("graph"):  # no bytes at all are a valid protobuf
+        raise UserError(f"{path}: is not an ONNX file: it holds no graph")
     recipes = path.with_suffix(".weights.json")
     if not recipes.exists():
         return Program(model)
     try:
         data = json.loads(recipes.read_text())
         return Program(model, {name: Recipe.from_json(recipe) for name, recipe in data.items()})
-    except (ValueError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{recipes}: is not a table of weight recipes: {error}") from None
 
 

@@ -56,4 +56,6 @@ def empty_caches(
     """A zeroed (key, value) ``[batch, kv_heads, max_seq_len, D]`` for each local layer."""
     shape = (batch, rank_shape(config, mapping).kv_heads, options.max_seq_len, config.head_dim)
     layers = mapping.layers(rank, config.num_hidden_layers)
-    return [(torch.zeros(shape, dtype=TORCH_DTYPES[dtype]), torch.zeros(shape, dtype=TORCH_DTYPES[dtype])) for _ in layers]
+    return [
+        (torch.zeros(shape, dtype=TORCH_DTYPES[dtype]), torch.zeros(shape, dtype=TORCH_DTYPES[dtype])) for _ in layers
+    ]

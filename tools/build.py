@@ -17,7 +17,7 @@ from moecompiler.config import ModelConfig
 from moecompiler.errors import UserError
 from moecompiler.passes.pipelines import OPTIMIZE
 from moecompiler.tools import options as opt
-from moecompiler.tools.job import Job, ranks_asked_for
+from moecompiler.tools.job import Job, check_engine_dir, ranks_asked_for
 from moecompiler.tools.optimize import run_optimize
 from moecompiler.workers import ProgressFn, run_ranks
 
@@ -59,6 +59,8 @@ def build(
     source = Artifact.open(checkpoint_dir, ("optimize", "export"))
     engine = EngineOptions(backend, max_batch_size, max_input_len, max_seq_len, gemm_plugin)
     resolve_limits(Job.of(source), engine)
+    find_backend(backend)
+    check_engine_dir(output_dir)
     if source.stage == "export":
         run_optimize(source, output_dir / "optimize", pipeline, workers, rank)
         source = Artifact.open(output_dir / "optimize", ("optimize",))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from moecompiler.artifact import Artifact
+from moecompiler.backends.choose import find_backend
 from moecompiler.mapping import Mapping
 from moecompiler.passes.pipelines import OPTIMIZE, find_pipeline
 from moecompiler.tools import options as opt
 from moecompiler.tools.build import EngineOptions, resolve_limits, run_build
 from moecompiler.tools.export import run_export
-from moecompiler.tools.job import Job, make_job, resolve_export, resolve_source
+from moecompiler.tools.job import Job, check_engine_dir, make_job, resolve_export, resolve_source
 from moecompiler.tools.optimize import run_optimize
 
 
@@ -59,6 +60,8 @@ def run_compile(
 ) -> list[str]:
     """Makes ``output_dir`` an engine directory, with ``export`` and ``optimize`` in it; returns notes for the user."""
     resolve_limits(job, engine)
+    find_backend(engine.backend)
+    check_engine_dir(output_dir)
     run_export(job, output_dir / "export", workers, rank)
     exported = Artifact.open(output_dir / "export", ("export",))
     run_optimize(exported, output_dir / "optimize", pipeline, workers, rank)

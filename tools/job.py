@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from moecompiler.artifact import Artifact
+from moecompiler.atomic import is_temporary
 from moecompiler.checkpoint import open_checkpoint
 from moecompiler.config import ExportOptions, ModelConfig, load_config
 from moecompiler.dummy import DummyCheckpoint
 from moecompiler.errors import UserError
+from moecompiler.manifest import LOCK, MANIFEST
 from moecompiler.mapping import Mapping, check_mapping
 
 
@@ -96,6 +98,21 @@ def ranks_asked_for(world_size: int, rank: int | None) -> list[int]:
     if not 0 <= rank < world_size:
         raise UserError(f"--rank {rank}: the world has ranks 0 to {world_size - 1}")
     return [rank]
+
+
+def check_engine_dir(directory: Path) -> None:
+    """Refuses, before anything is put into it, a directory that engines and the stages before them cannot go to.
+
+    Raises: UserError where it holds files of someone else, or what another step wrote.
+    """
+    if (directory / MANIFEST).exists():
+        Artifact.open(directory, ("engine",))
+        return
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if path.name not in ("export", "optimize", LOCK) and not is_temporary(path):
+            raise UserError(
+                f"{directory}: holds files of someone else ({path.name}); give an empty or new --output_dir"
+            )
 
 
 def versions(*packages: str) -> dict[str, str]:

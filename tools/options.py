@@ -71,11 +71,21 @@ MoeEpSize = Annotated[
     typer.Option("--moe_ep_size", help="Ranks that experts are dealt over (default: 1).", rich_help_panel=_PARALLEL),
 ]
 
-DataType = Annotated[DType, typer.Option("--dtype", help="Type of weights and activations.", rich_help_panel=_GRAPH)]
+# a metavar where the choices are long: `--help` on 80 columns would cut the names of options instead
+DataType = Annotated[
+    DType,
+    typer.Option(
+        "--dtype",
+        metavar="TYPE",
+        help="Of weights and activations: auto (the checkpoint's), float16, bfloat16 or float32.",
+        rich_help_panel=_GRAPH,
+    ),
+]
 NormalizationOption = Annotated[
     Normalization,
     typer.Option(
         "--moe_normalization_mode",
+        metavar="MODE",
         help="Expert weights: 0 none, 1 renormalize (Mixtral's), 2 sparse_mixer.",
         rich_help_panel=_GRAPH,
     ),
@@ -107,7 +117,10 @@ MaxInputLen = Annotated[
 GemmPlugin = Annotated[
     PluginDType,
     typer.Option(
-        "--gemm_plugin", help="Matrix products by plugin, where the backend has one.", rich_help_panel=_ENGINE
+        "--gemm_plugin",
+        metavar="TYPE",
+        help="Matrix products by plugin, where the backend has one: auto, disable, float16 or bfloat16.",
+        rich_help_panel=_ENGINE,
     ),
 ]
 
@@ -116,6 +129,6 @@ CheckpointDir = Annotated[
     Path, typer.Option("--checkpoint_dir", help="What `export` or `optimize` wrote.", rich_help_panel=_WORK)
 ]
 EngineDir = Annotated[Path, typer.Option("--engine_dir", help="What `compile` or `build` wrote.")]
-Workers = Annotated[int, typer.Option("--workers", help="Ranks worked on in parallel.", rich_help_panel=_WORK)]
+Workers = Annotated[int, typer.Option("--workers", min=1, help="Ranks worked on in parallel.", rich_help_panel=_WORK)]
 Rank = Annotated[int | None, typer.Option("--rank", help="Only this rank.", rich_help_panel=_WORK)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

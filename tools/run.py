@@ -19,7 +19,7 @@ from moecompiler.backends.base import EngineLimits
 from moecompiler.backends.choose import find_backend
 from moecompiler.errors import UserError
 from moecompiler.runtime.communicator import Communicator, on_one_rank, using_communicator
-from moecompiler.runtime.generation import Generation, GenerationOptions, generate
+from moecompiler.runtime.generation import Generation, GenerationOptions, check_request, generate
 from moecompiler.runtime.mpi import abort, world
 from moecompiler.runtime.outputs import check_writable, write_logits_npy, write_tokens_csv, write_tokens_npy
 from moecompiler.runtime.prompts import Tokenizer, load_tokenizer, read_prompts
@@ -155,8 +155,9 @@ def run_rank(request: Request, communicator: Communicator) -> Generation:
             f"{request.engine_dir}: was compiled for {job.mapping.world_size} rank(s) ({job.mapping}), but"
             f" {communicator.world_size} run: start it with `mpirun -n {job.mapping.world_size}`, or with --in_process"
         )
-    options = together(communicator, lambda: _generation_options(request, job))
-    session = together(communicator, lambda: load_rank(artifact, communicator, request.threads, request.check_hashes))
+    options = together(communicator, lambda: _generation_options(request, job, writes=communicator.rank == 0))
+    threads = request.threads or share_of_cores(communicator)
+    session = together(communicator, lambda: load_rank(artifact, communicator.rank, threads, request.check_hashes))
     tokenizers: list[Tokenizer] = []
 
     def tokenizer() -> Tokenizer:
@@ -170,6 +171,7 @@ def run_rank(request: Request, communicator: Communicator) -> Generation:
         0,
         lambda: read_prompts(request.input_text, request.input_file, tokenizer, job.model.vocab_size, pad_id),
     )
+    check_request(session, communicator, job.mapping, prompts, options)  # before anything is printed
     printer = TextPrinter(prompts, tokenizers[0] if tokenizers else None) if communicator.rank == 0 else None
     result = generate(session, communicator, job.mapping, prompts, options, printer.show if printer else None)
     if printer:
@@ -178,15 +180,17 @@ def run_rank(request: Request, communicator: Communicator) -> Generation:
     return result
 
 
-def load_rank(artifact: Artifact, communicator: Communicator, threads: int, check_hashes: bool) -> StageSession:
-    """This rank's engine, its files checked first; 0 ``threads``: the cores divided by the ranks of this host."""
-    rank = communicator.rank
+def load_rank(artifact: Artifact, rank: int, threads: int, check_hashes: bool) -> StageSession:
+    """This rank's engine, its files checked first."""
     artifact.check([rank], hashes=check_hashes)
-    if not threads:
-        hosts = communicator.gather_objects(platform.node())
-        threads = max(1, len(os.sched_getaffinity(0)) // hosts.count(platform.node()))
     backend = find_backend(artifact.header["backend"])
     return backend.load(artifact.directory, f"rank{rank}", EngineLimits(**artifact.header["limits"]), threads)
+
+
+def share_of_cores(communicator: Communicator) -> int:
+    """The cores this process may use, divided by the ranks that may use the same ones (`mpirun` can tie ranks to cores)."""
+    cores = platform.node(), sorted(os.sched_getaffinity(0))
+    return max(1, len(cores[1]) // communicator.gather_objects(cores).count(cores))
 
 
 def together(communicator: Communicator, function: Callable[[], T]) -> T:
@@ -206,9 +210,9 @@ def together(communicator: Communicator, function: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def _generation_options(request: Request, job: Job) -> GenerationOptions:
+def _generation_options(request: Request, job: Job, writes: bool) -> GenerationOptions:
     for option in ("output_npy", "output_csv", "output_logits_npy", "summary_json"):
-        if path := getattr(request, option):
+        if writes and (path := getattr(request, option)):
             check_writable(path, f"--{option}")
     keep_logits = request.output_logits_npy is not None
     return GenerationOptions(request.max_output_len, request.sampling, job.model.eos_token_ids, keep_logits)

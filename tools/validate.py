@@ -48,7 +48,9 @@ def validate(
     directory: Annotated[Path, typer.Argument(help="What `compile` or `build` wrote.")],
     text: Annotated[
         Path | None,
-        typer.Option("--text", help="Text to measure on (default: heldout.txt beside the checkpoint, or Python's own)."),
+        typer.Option(
+            "--text", help="Text to measure on (default: heldout.txt beside the checkpoint, or Python's own)."
+        ),
     ] = None,
     tokenizer_dir: Annotated[
         Path | None, typer.Option("--tokenizer_dir", help="Folder of the tokenizer (default: the engine's).")
@@ -68,7 +70,7 @@ def validate(
     artifact.check()
     if tokens < 1:
         raise UserError(f"--tokens {tokens}: give 1 or more")
-    notes = []
+    notes: list[str] = []
     against_hf = hf and _fits(Job.of(artifact), notes)
     text_ids = encode_text(artifact, text, tokenizer_dir, notes)
     request = Request(directory, tuple(text_ids), tokens, against_hf, layers, seed)
@@ -177,7 +179,9 @@ def verdict(report: Report) -> str:
         return "OUT OF TOLERANCE: no part alone is; the error builds up over the layers"
     # the rank whose own share of the sum is wrong, not its peers that got the sum
     first = max((part for part in failed if part.module == failed[0].module), key=lambda part: part.own_relative)
-    return f"OUT OF TOLERANCE: the error enters in {first.module} on rank {first.rank} (relative {first.own_relative:.2e})"
+    return (
+        f"OUT OF TOLERANCE: the error enters in {first.module} on rank {first.rank} (relative {first.own_relative:.2e})"
+    )
 
 
 def _grouped(outputs: Any) -> list[tuple[tuple[int, str], list[Any]]]:
@@ -213,5 +217,3 @@ def _print_quality(console: Console, report: Report, mark: dict[bool, str]) -> N
         )
     console.print("[bold]All ranks together against Hugging Face's model[/bold] (float32)")
     console.print(table)
-
-

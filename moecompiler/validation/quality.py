@@ -70,7 +70,13 @@ def load_hf(config: ModelConfig, identity: dict[str, Any], reader: Source) -> to
             num_hidden_layers=config.num_hidden_layers,
             local_files_only=True,
         ).eval()
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names: tuple[str, ...] = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    )
     names += ("num_key_value_heads", "head_dim", "num_local_experts", "num_experts_per_tok", "max_position_embeddings")
     names += ("rms_norm_eps", "sliding_window", "tie_word_embeddings")
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}

@@ -32,7 +32,8 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        return all(each.passed for each in (*self.outputs, *self.parts, *self.quality))
+        reports: tuple[OutputReport | PartReport | Quality, ...] = (*self.outputs, *self.parts, *self.quality)
+        return all(each.passed for each in reports)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"passed": self.passed}
@@ -64,10 +65,8 @@ def validate_rank(
             place.rank, scenario.name, session, lambda feeds: call_module(module, place, feeds), mine, tolerance
         )
         records += mine[:1]
-    quality = (
-        _against_hf(artifact, place, reader, scenarios, tolerance, session, communicator) if against_hf else []
-    )
-    mine_passed = all(each.passed for each in (*outputs, *quality))
+    quality = _against_hf(artifact, place, reader, scenarios, tolerance, session, communicator) if against_hf else []
+    mine_passed = all(each.passed for each in outputs) and all(each.passed for each in quality)
     parts: list[PartReport] = []
     if every_part or not all(communicator.gather_objects(mine_passed)):
         parts = localize(artifact.directory, place, records, tolerance.norm, communicator)
