@@ -172,7 +172,8 @@ def parse_config(data: dict[str, Any], where: str) -> ModelConfig:
         intermediate_size=integer("intermediate_size"),
         num_hidden_layers=integer("num_hidden_layers"),
         num_attention_heads=heads,
-        num_key_value_heads=integer("num_key_value_heads", heads),
+        # as HF has it: 8 where the key is absent, as many as heads where it is null
+        num_key_value_heads=integer("num_key_value_heads", heads if "num_key_value_heads" in data else 8),
         head_dim=integer("head_dim", hidden // heads),
         num_local_experts=integer("num_local_experts", 8),
         num_experts_per_tok=integer("num_experts_per_tok", 2),

@@ -33,7 +33,9 @@ class Scenario:
         lengths = np.array(self.prompt_lengths, np.int64)
         width = int(lengths.max())
         positions = np.ascontiguousarray(np.broadcast_to(np.arange(width, dtype=np.int64), (len(lengths), width)))
-        result = [Step(np.ascontiguousarray(self.tokens[:, :width]), positions, lengths - 1)]
+        # behind a prompt stand tokens that are not those to come, or padding that leaks would not be noticed
+        prompts = np.where(positions < lengths[:, None], self.tokens[:, :width], self.tokens[0, 0])
+        result = [Step(prompts, positions, lengths - 1)]
         for step in range(self.decode_steps):
             at = (lengths + step)[:, None]
             result.append(Step(np.take_along_axis(self.tokens, at, axis=1), at, np.zeros_like(lengths)))
