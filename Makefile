@@ -48,8 +48,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## compile the shipped model for two ranks, run it under mpirun, check it against PyTorch
 	@$(BIN)/python -m moecompiler.tools.demo
 
+# one thread for mathematics in each test process: they share the cores
 test: $(INSTALLED) ## run every test that needs no GPU
-	$(PYTEST) -n $(WORKERS) --dist loadgroup -m "not gpu" --durations=10
+	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadgroup -m "not gpu" --durations=10
 
 gpu-test: $(INSTALLED) ## run the tests that need a CUDA GPU, if there is one
 	@if ! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \

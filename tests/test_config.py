@@ -126,7 +126,7 @@ def test_absent_keys_mean_what_they_mean_to_transformers() -> None:
 def test_absent_key_value_heads_are_eight() -> None:
     """As in ``transformers.MixtralConfig``; null means as many as attention heads."""
     content = {key: value for key, value in CONTENT.items() if key != "num_key_value_heads"}
-    assert parse_config(content | {"num_attention_heads": 16}, "here").num_key_value_heads == 8
+    assert parse_config(content | {"num_attention_heads": 16, "hidden_size": 64}, "here").num_key_value_heads == 8
 
 
 @pytest.mark.parametrize(

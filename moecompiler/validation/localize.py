@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 from onnx import helper
 
@@ -19,13 +20,15 @@ from moecompiler.graph import load_program, output_of
 from moecompiler.runtime.communicator import Communicator, using_communicator
 from moecompiler.validation.recording import RecordingCommunicator
 from moecompiler.validation.reference_run import RankPlace, RankStep
-from moecompiler.validation.runners import as_engine_type, relative_error
+from moecompiler.validation.runners import as_engine_type, relative_errors
+from moecompiler.validation.tolerances import Tolerance
 
 
 @dataclass(frozen=True)
 class PartReport:
-    """The relative error ``‖a - b‖ / ‖b‖`` of one part of one rank, the worst of all steps: of what all ranks of its group
-    made together, and of this rank's own share of the sum (the same where nothing is summed)."""
+    """The relative error ``‖a - b‖ / ‖b‖`` of one part of one rank, the worst token's but for the outliers that the tolerance
+    allows: of what all ranks of its group made together, and of this rank's own share of the sum (the same where nothing is
+    summed)."""
 
     rank: int
     module: str
@@ -35,9 +38,9 @@ class PartReport:
 
 
 def localize(
-    directory: Path, place: RankPlace, records: Sequence[RankStep], norm: float, communicator: Communicator
+    directory: Path, place: RankPlace, records: Sequence[RankStep], tolerance: Tolerance, communicator: Communicator
 ) -> list[PartReport]:
-    """Runs every part of one rank's engine; ``norm`` bounds the relative error. Its peers must do the same meanwhile."""
+    """Runs every part of one rank's engine. Its peers must do the same meanwhile."""
     model = load_program(directory / f"rank{place.rank}.onnx").model
     recorder = RecordingCommunicator(communicator)
     reports = []
@@ -53,15 +56,14 @@ def localize(
             with using_communicator(recorder):
                 (value,) = session.run([name], feeds)
             reference = (record.inner | record.outputs)[name]
-            errors.append(relative_error(value, reference))
-            partial = record.partials.get(name)
-            own = recorder.last
-            own_errors.append(
-                errors[-1] if partial is None or own is None else relative_error(own.reshape(partial.shape), partial)
-            )
+            errors.append(relative_errors(value, reference))
+            partial, own = record.partials.get(name), recorder.last
+            summed = partial is not None and own is not None
+            own_errors.append(relative_errors(own.reshape(partial.shape), partial) if summed else errors[-1])
         module = "lm_head" if name == "logits" else name.removesuffix("/output")
-        passed = max(errors) <= norm and max(own_errors) <= norm
-        reports.append(PartReport(place.rank, module, max(errors), max(own_errors), passed))
+        worst, own_worst = (tolerance.worst(np.concatenate(each)) for each in (errors, own_errors))
+        passed = worst <= tolerance.norm and own_worst <= tolerance.norm
+        reports.append(PartReport(place.rank, module, worst, own_worst, passed))
     return reports
 
 

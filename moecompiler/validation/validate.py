@@ -69,7 +69,7 @@ def validate_rank(
     mine_passed = all(each.passed for each in outputs) and all(each.passed for each in quality)
     parts: list[PartReport] = []
     if every_part or not all(communicator.gather_objects(mine_passed)):
-        parts = localize(artifact.directory, place, records, tolerance.norm, communicator)
+        parts = localize(artifact.directory, place, records, tolerance, communicator)
     gathered = communicator.gather_objects((outputs, parts))
     return Report(
         tolerance,

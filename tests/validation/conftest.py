@@ -32,3 +32,8 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compile_shipped(tmp_path_factory.mktemp("engines") / "one", Mapping.create())
+
+
+@pytest.fixture(scope="session")
+def two_ranks_float16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_shipped(tmp_path_factory.mktemp("engines") / "half", Mapping.create(2, 1, None, 2), "float16")

@@ -12,6 +12,7 @@ from moecompiler.dummy import DummyCheckpoint
 from moecompiler.mapping import Mapping
 from moecompiler.reference import empty_caches, load_rank_module
 from moecompiler.validation.quality import compare, hf_logits, load_hf
+from moecompiler.validation.runners import relative_errors
 from moecompiler.validation.scenario import Scenario, random_scenario, text_scenario
 from moecompiler.validation.tolerances import TOLERANCES
 
@@ -78,3 +79,17 @@ def test_too_little_text_makes_no_scenario() -> None:
     assert scenario is not None
     assert scenario.tokens.shape[1] <= LIMITS.max_seq_len
     assert max(scenario.prompt_lengths) <= LIMITS.max_input_len
+
+
+def test_outliers_are_a_share_of_the_tokens() -> None:
+    errors = np.array([0.001] * 38 + [5.0, np.nan])
+    assert TOLERANCES["float16"].worst(errors) == 0.001
+    assert TOLERANCES["float32"].worst(errors) == np.inf
+    assert TOLERANCES["float16"].worst(np.append(errors, 5.0)) == 5.0
+    assert TOLERANCES["float16"].worst(np.array([np.nan])) == np.inf
+
+
+def test_a_token_that_a_rank_hardly_touches_is_measured_by_the_others() -> None:
+    reference = np.array([[[3.0, 4.0], [0.0, 0.0]]])
+    value = reference + np.array([[[0.0, 0.5], [0.0, 0.005]]])
+    np.testing.assert_allclose(relative_errors(value, reference), [0.1, 0.005 / (0.01 * 2.5)])

@@ -67,6 +67,17 @@ def test_only_the_broken_part_fails(two_ranks: Path, tmp_path: Path, capsys: pyt
     assert own[0] < 1e-5 < 1e-2 < own[1]  # … and one of them made it so
 
 
+def test_float16_passes_and_a_wrong_expert_in_it_is_found(
+    two_ranks_float16: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A token that rounding sends to another expert is an outlier; all tokens of an expert are not."""
+    assert validate(capsys, two_ranks_float16, "--layers")[0] == 0
+    broken = with_swapped_gate_and_up(two_ranks_float16, tmp_path / "broken", 0, 2, local_expert=3)
+    status, out = validate(capsys, broken)
+    assert status == 1
+    assert "the error enters in model.layers.2.mlp on rank 0" in " ".join(out.split())
+
+
 def test_without_an_all_reduce_the_layer_is_named_too(
     one_rank: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
