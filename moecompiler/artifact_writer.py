@@ -156,9 +156,10 @@ def writing(directory: str | Path, stage: str, world_size: int, header: dict[str
     directory = Path(directory)
     with ExitStack() as stack:
         try:
-            if not directory.exists():
-                directory.mkdir(parents=True)
-                stack.callback(_remove_if_empty, directory)
+            missing = [path for path in (directory, *directory.parents) if not path.exists()]
+            directory.mkdir(parents=True, exist_ok=True)
+            for path in reversed(missing):
+                stack.callback(_remove_if_empty, path)
             _refuse_foreign(directory)
             stack.enter_context(exclusive_lock(directory / LOCK))
         except BlockingIOError:

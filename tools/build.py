@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import moecompiler
 from moecompiler.artifact import Artifact
 from moecompiler.artifact_writer import ArtifactWriter, writing
 from moecompiler.atomic import fingerprint
@@ -17,7 +16,7 @@ from moecompiler.config import ModelConfig
 from moecompiler.errors import UserError
 from moecompiler.passes.pipelines import OPTIMIZE
 from moecompiler.tools import options as opt
-from moecompiler.tools.job import Job, check_engine_dir, ranks_asked_for
+from moecompiler.tools.job import Job, check_engine_dir, code_fingerprint, ranks_asked_for
 from moecompiler.tools.optimize import run_optimize
 from moecompiler.workers import ProgressFn, run_ranks
 
@@ -113,7 +112,7 @@ def run_build(
 
 def _key(source: Artifact, rank: int, backend: str, version: str, job: Job) -> str:
     inputs = {name: record.sha256 for name, record in source.rank_files(rank).items()}
-    return fingerprint("build", moecompiler.__version__, inputs, backend, version, job.source)
+    return fingerprint("build", code_fingerprint(), inputs, backend, version, job.source)
 
 
 def _copy_tokenizer(job: Job, writer: ArtifactWriter) -> None:

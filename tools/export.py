@@ -6,12 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import moecompiler
 from moecompiler.artifact_writer import writing
 from moecompiler.atomic import fingerprint, temporary_path
 from moecompiler.mapping import Mapping
 from moecompiler.tools import options as opt
-from moecompiler.tools.job import Job, make_job, ranks_asked_for, resolve_export, resolve_source, versions
+from moecompiler.tools.job import (
+    Job,
+    code_fingerprint,
+    make_job,
+    ranks_asked_for,
+    resolve_export,
+    resolve_source,
+    versions,
+)
 from moecompiler.workers import ProgressFn, run_ranks
 
 
@@ -66,7 +73,7 @@ def _label(ranks: Sequence[int]) -> str:
 def _key(job: Job, rank: int, header: dict[str, object]) -> str:
     """What a rank's graph depends on; the weights' files are not among it, for the graph only names tensors."""
     parts = (job.model.to_json(), job.mapping.to_json(), job.export.to_json(), rank, header["versions"])
-    return fingerprint("export", moecompiler.__version__, *parts)
+    return fingerprint("export", code_fingerprint(), *parts)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -113,6 +114,20 @@ def check_engine_dir(directory: Path) -> None:
             raise UserError(
                 f"{directory}: holds files of someone else ({path.name}); give an empty or new --output_dir"
             )
+
+
+def code_fingerprint() -> str:
+    """SHA-256 of the program's own sources: what an older version of a pass made is not taken for this one's."""
+    import moecompiler
+    import moecompiler.passes
+    import moecompiler.plugins
+
+    digest = hashlib.sha256()
+    for package in (moecompiler, moecompiler.passes, moecompiler.plugins):
+        (folder,) = (Path(each) for each in package.__path__)
+        for source in sorted(folder.rglob("*.py")):
+            digest.update(f"{source.relative_to(folder)}\n".encode() + source.read_bytes())
+    return digest.hexdigest()
 
 
 def versions(*packages: str) -> dict[str, str]:

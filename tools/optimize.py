@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import moecompiler
 from moecompiler.artifact import Artifact
 from moecompiler.artifact_writer import writing
 from moecompiler.atomic import fingerprint, temporary_path
 from moecompiler.passes.pipelines import OPTIMIZE, find_pipeline
 from moecompiler.tools import options as opt
-from moecompiler.tools.job import ranks_asked_for
+from moecompiler.tools.job import code_fingerprint, ranks_asked_for
 from moecompiler.workers import ProgressFn, run_ranks
 
 
@@ -48,7 +47,7 @@ def run_optimize(source: Artifact, output_dir: Path, pipeline: str, workers: int
 
 def _key(source: Artifact, rank: int, passes: list[str]) -> str:
     inputs = {name: record.sha256 for name, record in source.rank_files(rank).items()}
-    return fingerprint("optimize", moecompiler.__version__, inputs, passes)
+    return fingerprint("optimize", code_fingerprint(), inputs, passes)
 
 
 @dataclass(frozen=True)

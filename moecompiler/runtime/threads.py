@@ -19,6 +19,9 @@ from moecompiler.runtime.communicator import Communicator, add_in_rank_order, us
 T = TypeVar("T")
 
 
+_PATIENCE_SECONDS = 5.0
+
+
 class RankStopped(RuntimeError):
     """This rank was ended in a communication, because another rank failed; ``__cause__`` is that rank's error."""
 
@@ -170,8 +173,13 @@ def run_in_threads(world_size: int, function: Callable[[Communicator], T]) -> li
             thread.start()
         for thread in threads:
             thread.join()
-    except BaseException as error:  # Ctrl-C: the ranks end in their next communication, nobody waits for them
+    except BaseException as error:  # Ctrl-C: the ranks end in their next communication
         world.stop(error)
+        for thread in threads:
+            if thread.is_alive():
+                thread.join(
+                    _PATIENCE_SECONDS
+                )  # a thread inside an engine when the interpreter ends takes the process down
         raise
     if world.failure is not None:
         raise world.failure

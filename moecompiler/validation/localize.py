@@ -58,8 +58,10 @@ def localize(
             reference = (record.inner | record.outputs)[name]
             errors.append(relative_errors(value, reference))
             partial, own = record.partials.get(name), recorder.last
-            summed = partial is not None and own is not None
-            own_errors.append(relative_errors(own.reshape(partial.shape), partial) if summed else errors[-1])
+            if partial is not None and own is not None:
+                own_errors.append(relative_errors(own.reshape(partial.shape), partial))
+            else:
+                own_errors.append(errors[-1])
         module = "lm_head" if name == "logits" else name.removesuffix("/output")
         worst, own_worst = (tolerance.worst(np.concatenate(each)) for each in (errors, own_errors))
         passed = worst <= tolerance.norm and own_worst <= tolerance.norm

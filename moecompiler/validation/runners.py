@@ -11,7 +11,7 @@ import onnxruntime
 from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
-from polygraphy.comparator import Comparator, CompareFunc
+from polygraphy.comparator import Comparator, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
 
 from moecompiler.validation.reference_run import Arrays, RankStep
@@ -74,11 +74,11 @@ def compare_rank(
         for iteration, arrays in zip(iterations, wide, strict=True):
             for name, array in arrays.items():
                 iteration[name] = array
-    if tolerance.outliers:
-        statistic = {"check_error_stat": "quantile", "error_quantile": 1 - tolerance.outliers}
-    else:
-        statistic = {"check_error_stat": "elemwise"}
-    check = CompareFunc.simple(atol=tolerance.atol, rtol=tolerance.rtol, **statistic)
+    statistic = "quantile" if tolerance.outliers else "elemwise"
+    quantile = 1 - tolerance.outliers if tolerance.outliers else None
+    check = SimpleCompareFunc(
+        atol=tolerance.atol, rtol=tolerance.rtol, check_error_stat=statistic, error_quantile=quantile
+    )
     accuracy = Comparator.compare_accuracy(results, compare_func=check)
     (verdicts,) = accuracy[0].values()
     outputs, references = (iterations for _, iterations in widened)
@@ -109,7 +109,7 @@ def relative_errors(value: np.ndarray, reference: np.ndarray) -> np.ndarray:
     no smaller than a hundredth of the mean one: a rank whose experts a token hardly touches adds next to nothing to it."""
     wide, true = (array.astype(np.float64).reshape(-1, array.shape[-1]) for array in (value, reference))
     norms = np.linalg.norm(true, axis=-1)
-    floor = max(1e-2 * float(norms.mean()), np.finfo(np.float32).tiny)
+    floor = max(1e-2 * float(norms.mean()), float(np.finfo(np.float32).tiny))
     return np.linalg.norm(wide - true, axis=-1) / np.maximum(norms, floor)
 
 
