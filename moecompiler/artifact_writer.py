@@ -157,7 +157,8 @@ def writing(directory: str | Path, stage: str, world_size: int, header: dict[str
     with ExitStack() as stack:
         try:
             missing = [path for path in (directory, *directory.parents) if not path.exists()]
-            directory.mkdir(parents=True, exist_ok=True)
+            if missing:
+                directory.mkdir(parents=True)
             for path in reversed(missing):
                 stack.callback(_remove_if_empty, path)
             _refuse_foreign(directory)

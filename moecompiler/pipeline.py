@@ -70,12 +70,13 @@ class PassResult:
 
     def to_json(self) -> dict[str, Any]:
         """Without the time, so that the same compile writes the same bytes."""
-        return {
+        data = {
             "name": self.name,
             "matches": self.matches,
             "nodes_before": self.nodes_before,
             "nodes_after": self.nodes_after,
         }
+        return data | ({"missed": [str(each) for each in self.missed]} if self.missed else {})
 
 
 def apply(step: Pass, program: Program) -> tuple[Program, PassResult]:

@@ -41,10 +41,11 @@ _SCALED = Op(
 )
 _SCORES = Op("Reshape", (_SCALED,))
 _LOWEST = Const("lowest", "a number that softmax makes 0", lambda value: value.size == 1 and float(value) < -1e4)
+# The mask is matched by itself: layers may share it, so it is not what is fused.
 _MASKED = OneOf(
     (
-        Op("Where", (Op("Not", (Var("visible"),)), _LOWEST, _SCORES)),
-        Op("Where", (Var("visible"), _SCORES, _LOWEST)),
+        Op("Where", (Var("mask"), _LOWEST, _SCORES), name="hides"),
+        Op("Where", (Var("mask"), _SCORES, _LOWEST), name="shows"),
     )
 )
 _SHARES = Through(("Cast",), Op("Softmax", (_MASKED,), test=along_axis(-1)))
@@ -91,7 +92,7 @@ class FuseAttention(PatternPass):
         outputs = [writer.outputs[0] for writer in writers]
         for writer in writers:
             writer.outputs.clear()
-        mask = _mask(found)
+        mask = _mask(found, Miss())
         assert mask is not None
         attributes = {
             "num_heads": int(heads_shape(found, "query")[1]),
@@ -107,14 +108,15 @@ class FuseAttention(PatternPass):
         return f"fused {len(found.nodes)} nodes into Attention"
 
 
-def _mask(found: Match) -> Match | None:
+def _mask(found: Match, miss: Miss) -> Match | None:
     """The mask's own match, with ``position_ids``, ``slot`` and perhaps ``window``."""
-    return match_tensor(_VISIBLE, found.tensors["visible"], Miss())
+    pattern = Op("Not", (_VISIBLE,)) if "hides" in found.named else _VISIBLE
+    return match_tensor(pattern, found.tensors["mask"], miss)
 
 
 def _mask_differs(found: Match) -> str | None:
     miss = Miss()
-    mask = match_tensor(_VISIBLE, found.tensors["visible"], miss)
+    mask = _mask(found, miss)
     if mask is None:
         return f"the mask is not a causal one: {miss.reason}"
     slots = match_tensor(_SLOTS, found.tensors["slots"], miss)

@@ -23,7 +23,7 @@ class PatternPass:
     from is expected to match nowhere in particular.
     """
 
-    name: ClassVar[str]
+    name: str
     pattern: ClassVar[Op]
     modules: ClassVar[str]
     op_names: ClassVar[tuple[str, ...]]

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from moecompiler.errors import UserError
 from moecompiler.passes.cleanup import CleanUp
+from moecompiler.passes.common_subexpressions import CommonSubexpressions
 from moecompiler.passes.constant_folding import ConstantFolding
+from moecompiler.passes.fuse_add_rms_norm import FuseAddRMSNorm
+from moecompiler.passes.fuse_attention import FuseAttention
+from moecompiler.passes.fuse_moe import FuseMoE
+from moecompiler.passes.fuse_rms_norm import FuseRMSNorm
+from moecompiler.passes.merge_qkv import MergeQKV
 from moecompiler.pipeline import Pass
 
 OPTIMIZE = "optimize"
+PLUGINS = "plugins"
 DEBUG = "debug"
 
 
 def named_pipelines() -> dict[str, tuple[Pass, ...]]:
-    """``optimize``: what an engine is built from. ``debug``: the export as it is."""
+    """``optimize``: plain operators, what an engine without plugins is built from. ``plugins``: fused ops, whose bodies a
+    backend without plugins inlines. ``debug``: the export as it is."""
+    # clean-up exposes constants (a cast of a constant to its own type), folding exposes no-ops: twice settles both
+    tidy: tuple[Pass, ...] = (ConstantFolding(), CleanUp(), ConstantFolding(), CleanUp())
+    fuse: tuple[Pass, ...] = (FuseRMSNorm(), FuseAttention(), FuseMoE(), FuseAddRMSNorm(), MergeQKV())
     return {
-        # clean-up exposes constants (a cast of a constant to its own type), folding exposes no-ops: twice settles both
-        OPTIMIZE: (ConstantFolding(), CleanUp(), ConstantFolding(), CleanUp()),
+        OPTIMIZE: tidy,
+        PLUGINS: (*tidy, CommonSubexpressions(), *fuse),
         DEBUG: (),
     }
 

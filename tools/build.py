@@ -51,6 +51,7 @@ def build(
     max_seq_len: opt.MaxSeqLen = None,
     gemm_plugin: opt.GemmPlugin = opt.PluginDType.auto,
     pipeline: opt.Pipeline = OPTIMIZE,
+    allow_missed: opt.AllowMissed = False,
     workers: opt.Workers = 1,
     rank: opt.Rank = None,
 ) -> None:
@@ -61,7 +62,7 @@ def build(
     find_backend(backend)
     check_engine_dir(output_dir)
     if source.stage == "export":
-        run_optimize(source, output_dir / "optimize", pipeline, workers, rank)
+        run_optimize(source, output_dir / "optimize", pipeline, workers, rank, allow_missed)
         source = Artifact.open(output_dir / "optimize", ("optimize",))
     for note in run_build(source, output_dir, engine, workers, rank):
         print(note)

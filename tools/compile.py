@@ -31,6 +31,7 @@ def compile_(
     max_seq_len: opt.MaxSeqLen = None,
     gather_context_logits: opt.GatherContextLogits = False,
     pipeline: opt.Pipeline = OPTIMIZE,
+    allow_missed: opt.AllowMissed = False,
     backend: opt.Backend = "onnxruntime",
     max_batch_size: opt.MaxBatchSize = 8,
     max_input_len: opt.MaxInputLen = None,
@@ -45,7 +46,7 @@ def compile_(
     graph = resolve_export(config, dtype, moe_normalization_mode, max_seq_len, gather_context_logits)
     job = make_job(config, source, mapping, graph)
     engine = EngineOptions(backend, max_batch_size, max_input_len, None, gemm_plugin)
-    for note in run_compile(job, output_dir, engine, pipeline, workers, rank):
+    for note in run_compile(job, output_dir, engine, pipeline, workers, rank, allow_missed):
         print(note)
     print(f"compiled {mapping.world_size} rank(s) ({mapping}, {graph.dtype}) into {output_dir}")
 
@@ -57,6 +58,7 @@ def run_compile(
     pipeline: str = OPTIMIZE,
     workers: int = 1,
     rank: int | None = None,
+    allow_missed: bool = False,
 ) -> list[str]:
     """Makes ``output_dir`` an engine directory, with ``export`` and ``optimize`` in it; returns notes for the user."""
     resolve_limits(job, engine)
@@ -64,6 +66,6 @@ def run_compile(
     check_engine_dir(output_dir)
     run_export(job, output_dir / "export", workers, rank)
     exported = Artifact.open(output_dir / "export", ("export",))
-    run_optimize(exported, output_dir / "optimize", pipeline, workers, rank)
+    run_optimize(exported, output_dir / "optimize", pipeline, workers, rank, allow_missed)
     optimized = Artifact.open(output_dir / "optimize", ("optimize",))
     return run_build(optimized, output_dir, engine, workers, rank)

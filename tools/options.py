@@ -105,6 +105,10 @@ GatherContextLogits = Annotated[
     ),
 ]
 Pipeline = Annotated[str, typer.Option("--pipeline", help="Which list of passes to run.", rich_help_panel=_GRAPH)]
+AllowMissed = Annotated[
+    bool,
+    typer.Option("--allow_missed", help="Go on where a pass does not match though it should.", rich_help_panel=_GRAPH),
+]
 
 Backend = Annotated[str, typer.Option("--backend", help="What runs the engines.", rich_help_panel=_ENGINE)]
 MaxBatchSize = Annotated[int, typer.Option("--max_batch_size", help="Most sequences at once.", rich_help_panel=_ENGINE)]
