@@ -120,8 +120,11 @@ def _copy_tokenizer(job: Job, writer: ArtifactWriter) -> None:
     """An engine directory should run where the checkpoint is not; what there is of a tokenizer is small."""
     if job.source["kind"] != "hf":
         return
+    folder = Path(job.source["model_dir"])
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return
     for name in _TOKENIZER_FILES:
-        file = Path(job.source["model_dir"]) / name
+        file = folder / name
         if file.is_file():
             temporary = writer.temp(f"tokenizer/{name}")
             shutil.copyfile(file, temporary)

@@ -41,6 +41,10 @@ def environment() -> dict[str, str]:
     return os.environ | MPI_ENVIRONMENT | {"PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
+# what Open MPI's launcher and its libevent say, now and then, when ranks end while it still listens to them
+_LAUNCHERS_NOISE = re.compile(r"\[[^]]+:\d+\] PMIX ERROR|\[warn\] Epoll ")
+
+
 @dataclass(frozen=True)
 class Output:
     """What a command left behind: its exit status, what it wrote, and how long it took."""
@@ -61,7 +65,7 @@ class Output:
         for line in self.err.splitlines():
             if line.startswith("-----"):
                 by_launcher = not by_launcher
-            elif line.strip() and not by_launcher and not re.match(r"\[[^]]+:\d+\] PMIX ERROR", line):
+            elif line.strip() and not by_launcher and not _LAUNCHERS_NOISE.match(line):
                 lines.append(line)
         return lines
 

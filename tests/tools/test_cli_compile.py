@@ -9,8 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from checkpoints import save_hf, tiny_config
 from cli import ONE_RANK, PROMPT, TINY_MIXTRAL, TWO_RANKS, Here, contents
 from safetensors.torch import load_file, save_file
+
+from moecompiler.tools.main import main
 
 Engines = Callable[[str], Path]
 pytestmark = pytest.mark.xdist_group("compile")
@@ -174,3 +177,17 @@ def test_inspect_what_export_wrote(engines: Engines, here: Here) -> None:
     described = json.loads(here("inspect", engines("ep2") / "export", "--json").out)
     assert (described["stage"], described["backend"], described["limits"]) == ("export", None, None)
     assert {each["weights"] for each in described["ranks"]} == {f"by reference in {TINY_MIXTRAL}"}
+
+
+def test_a_checkpoint_without_tokenizer_is_validated_on_random_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_hf(tmp_path / "model", tiny_config(num_hidden_layers=1, max_position_embeddings=32))
+    engines = tmp_path / "engines"
+    assert main(["compile", "--model_dir", str(tmp_path / "model"), "--output_dir", str(engines)]) == 0
+    assert not (engines / "tokenizer").exists()
+    capsys.readouterr()
+    assert main(["validate", str(engines), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "there is no tokenizer: measured on random tokens only" in captured.err
+    assert {each["scenario"] for each in json.loads(captured.out)["outputs"]} == {"random"}
