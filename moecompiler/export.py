@@ -6,7 +6,6 @@ same graph; what differs between them are recipes.
 
 from __future__ import annotations
 
-import ast
 import logging
 import re
 import warnings
@@ -20,7 +19,7 @@ from onnx import numpy_helper
 
 from moecompiler.collectives import DOMAIN
 from moecompiler.config import ExportOptions, ModelConfig
-from moecompiler.graph import IR_VERSION, OPSET, Program, node_name, output_of, weight_tensor
+from moecompiler.graph import IR_VERSION, OPSET, SCOPES, Program, name_in_scopes, output_of, weight_tensor
 from moecompiler.mapping import Mapping, rank_shape
 from moecompiler.model import RankModule
 from moecompiler.sharding import inverse_frequencies, recipe_for
@@ -146,9 +145,7 @@ def _collective_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 def _name_after_modules(model: Any) -> None:
     """Names every node after the HF module it comes from: ``model.layers.0.mlp/Mul_3``."""
     for index, node in enumerate(model.graph):
-        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['']"))
-        modules = [scope for scope in scopes[:-1] if not scope.startswith("_")]
-        node.name = node_name(modules[-1] if modules else "", f"{node.op_type}_{index}")
+        node.name = name_in_scopes(node.metadata_props.get(SCOPES, ""), f"{node.op_type}_{index}")
 
 
 def _name_boundaries(model: Any, module: str) -> None:

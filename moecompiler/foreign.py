@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,12 +12,11 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from moecompiler.errors import UserError
-from moecompiler.graph import IR_VERSION, ONNX_DTYPES, OPSET, Program, node_name, weight_tensor
+from moecompiler.graph import IR_VERSION, ONNX_DTYPES, OPSET, SCOPES, Program, name_in_scopes, weight_tensor
 from moecompiler.weights import NUMPY_DTYPES, Piece, Recipe, Shape
 
 _SMALLEST_WEIGHT = 1024  # bytes; what is smaller may be read to fold and to match
 _NAMES = {code: name for name, code in ONNX_DTYPES.items()}
-_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 @dataclass(frozen=True)
@@ -73,11 +71,8 @@ def name_after_modules(nodes: Iterable[onnx.NodeProto]) -> None:
     """Gives each node the name ``module/op_number``; a node of which the exporter noted no module keeps its own name behind an
     empty one."""
     for index, node in enumerate(nodes):
-        noted = next((each.value for each in node.metadata_props if each.key == _SCOPES), "")
-        scopes = ast.literal_eval(noted) if noted else []
-        modules = [scope for scope in scopes[:-1] if not scope.startswith("_")]
-        module = modules[-1] if modules else ""
-        node.name = node_name(module, f"{node.op_type}_{index}")
+        noted = next((each.value for each in node.metadata_props if each.key == SCOPES), "")
+        node.name = name_in_scopes(noted, f"{node.op_type}_{index}")
         del node.metadata_props[:]
 
 

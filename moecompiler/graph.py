@@ -9,6 +9,7 @@ into ``NAME.safetensors`` at the offset their tensor has once the weights are pa
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from moecompiler.weights import Recipe, Shape
 OPSET = 21
 IR_VERSION = 10
 DOMAIN = "moecompiler"
+SCOPES = "pkg.torch.onnx.name_scopes"  # where torch's exporter notes the modules a node comes from
 
 ONNX_DTYPES = {
     "float32": TensorProto.FLOAT,
@@ -49,6 +51,14 @@ def node_name(module: str, name: str) -> str:
 def module_of(name: str) -> str:
     """The HF module a node's name says it comes from; empty where it says none."""
     return name.rpartition("/")[0]
+
+
+def name_in_scopes(scopes: str, name: str) -> str:
+    """The name of a node of which torch's exporter noted these scopes (a list of Python strings, as text; empty: none): that
+    of the innermost HF module."""
+    noted = ast.literal_eval(scopes) if scopes else []
+    modules = [scope for scope in noted[:-1] if not scope.startswith("_")]
+    return node_name(modules[-1] if modules else "", name)
 
 
 def output_of(module: str) -> str:

@@ -9,6 +9,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from moecompiler.graph import module_of
+from moecompiler.passes.rewiring import redirect_readers
 from moecompiler.pipeline import Change
 from moecompiler.weights import Recipe
 
@@ -26,16 +27,10 @@ class CleanUp:
             # a node that writes a graph output is what gives the output its name
             if rule is None or node.outputs[0] in graph.outputs or not rule(node):
                 continue
-            _bypass(node)
+            redirect_readers(node.outputs[0], node.inputs[0])
+            node.outputs.clear()
             changes.append(Change(f"removed {node.op}", node.name, module_of(node.name)))
         return changes
-
-
-def _bypass(node: gs.Node) -> None:
-    source, output = node.inputs[0], node.outputs[0]
-    for reader in list(output.outputs):
-        reader.inputs = [source if tensor is output else tensor for tensor in reader.inputs]
-    node.outputs.clear()
 
 
 def _onnx_dtype(tensor: gs.Tensor) -> int | None:

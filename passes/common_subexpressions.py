@@ -9,13 +9,11 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from moecompiler.graph import DOMAIN, module_of
+from moecompiler.passes.rewiring import NOT_PURE, redirect_readers
 from moecompiler.pipeline import Change
 from moecompiler.weights import Recipe
 
 _LARGEST_COMPARED = 1024  # elements of a constant; larger ones are equal only if they are the same tensor
-_NOT_PURE = frozenset(
-    {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
-)
 
 
 class CommonSubexpressions:
@@ -43,14 +41,13 @@ class CommonSubexpressions:
             if kept is node or len(kept.outputs) != len(node.outputs):
                 continue
             for old, new in zip(node.outputs, kept.outputs, strict=True):
-                for reader in list(old.outputs):
-                    reader.inputs = [new if tensor is old else tensor for tensor in reader.inputs]
+                redirect_readers(old, new)
             changes.append(Change(f"merged {node.op} into {kept.name}", node.name, module_of(node.name)))
         return changes
 
 
 def _may_merge(node: gs.Node, graph: gs.Graph) -> bool:
-    standard = node.domain in ("", None) and node.op not in _NOT_PURE
+    standard = node.domain in ("", None) and node.op not in NOT_PURE
     fused = node.domain == DOMAIN and node.op not in ("AllReduce", "AllGather")
     writes_output = any(tensor is output for tensor in node.outputs for output in graph.outputs)
     has_subgraph = any(isinstance(value, gs.Graph) for value in node.attrs.values())

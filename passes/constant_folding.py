@@ -10,14 +10,12 @@ from onnx.reference import ReferenceEvaluator
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from moecompiler.graph import OPSET, module_of, weight_tensor
+from moecompiler.passes.rewiring import NOT_PURE, redirect_readers
 from moecompiler.pipeline import Change
 from moecompiler.weights import Recipe
 
 # A constant that is larger than what it is made of only costs memory and time to load (an expanded mask, say).
 LARGEST_FOLDED_BYTES = 64 * 1024
-_NOT_PURE = frozenset(
-    {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
-)
 
 
 class ConstantFolding:
@@ -41,7 +39,8 @@ class ConstantFolding:
                 what = f"folded {node.op}"
             else:
                 continue
-            _replace(node, constant)
+            redirect_readers(node.outputs[0], constant)
+            node.outputs.clear()
             changes.append(Change(what, node.name, module_of(node.name)))
         return changes
 
@@ -50,7 +49,7 @@ def _is_foldable(node: gs.Node, weights: dict[str, Recipe]) -> bool:
     """One standard op with one output over constants that are no weights."""
     return (
         node.domain in ("", None)
-        and node.op not in _NOT_PURE
+        and node.op not in NOT_PURE
         and len(node.outputs) == 1
         and not any(isinstance(value, gs.Graph) for value in node.attrs.values())
         and all(isinstance(tensor, gs.Constant) and tensor.name not in weights for tensor in node.inputs)
@@ -98,10 +97,3 @@ def _transposed_weight(node: gs.Node, weights: dict[str, Recipe]) -> gs.Constant
     name = f"{source}.T"
     weights[name] = recipe.transposed(perm)
     return gs.Constant(name, LazyValues(weight_tensor(name, weights[name])))
-
-
-def _replace(node: gs.Node, constant: gs.Constant) -> None:
-    (output,) = node.outputs
-    for reader in list(output.outputs):
-        reader.inputs = [constant if tensor is output else tensor for tensor in reader.inputs]
-    node.outputs.clear()

@@ -92,7 +92,8 @@ def run_build(
     ranks = ranks_asked_for(source.world_size, rank)
     source.check(ranks)
     header = source.header | {"backend": backend.name, "limits": limits.to_json(), "runtime": backend.version()}
-    keys = {r: _key(source, r, backend.name, backend.version(), job) for r in ranks}
+    made_by = (code_fingerprint(), backend.name, backend.version())
+    keys = {r: _key(source, r, made_by, job) for r in ranks}
     with writing(output_dir, "engine", source.world_size, header) as writer:
         missing = [r for r in ranks if not writer.is_done(r, keys[r])]
 
@@ -111,9 +112,9 @@ def run_build(
     return notes
 
 
-def _key(source: Artifact, rank: int, backend: str, version: str, job: Job) -> str:
+def _key(source: Artifact, rank: int, made_by: tuple[str, ...], job: Job) -> str:
     inputs = {name: record.sha256 for name, record in source.rank_files(rank).items()}
-    return fingerprint("build", code_fingerprint(), inputs, backend, version, job.source)
+    return fingerprint("build", made_by, inputs, job.source)
 
 
 def _copy_tokenizer(job: Job, writer: ArtifactWriter) -> None:

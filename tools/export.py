@@ -53,14 +53,15 @@ def run_export(job: Job, output_dir: Path, workers: int = 1, rank: int | None = 
     ranks = ranks_asked_for(job.mapping.world_size, rank)
     header = job.header() | {"versions": versions("torch", "onnx", "onnxscript")}
     with writing(output_dir, "export", job.mapping.world_size, header) as writer:
-        missing = [r for r in ranks if not writer.is_done(r, _key(job, r, header))]
+        keys = _keys(job, ranks, header["versions"])
+        missing = [r for r in ranks if not writer.is_done(r, keys[r])]
         by_stage: dict[int, list[int]] = {}
         for each in missing:
             by_stage.setdefault(job.mapping.pp_rank(each), []).append(each)
 
         def commit(label: str, files: dict[int, dict[str, Path]]) -> None:
             for each, staged in files.items():
-                writer.commit_rank(each, _key(job, each, header), staged, {"stage": job.mapping.pp_rank(each)})
+                writer.commit_rank(each, keys[each], staged, {"stage": job.mapping.pp_rank(each)})
 
         labels = {_label(members): tuple(members) for members in by_stage.values()}
         run_ranks(_ExportStage(job, output_dir, labels), list(labels), workers, "export", on_result=commit)
@@ -70,10 +71,10 @@ def _label(ranks: Sequence[int]) -> str:
     return "rank " + ("–".join(map(str, (ranks[0], ranks[-1]))) if len(ranks) > 1 else str(ranks[0]))
 
 
-def _key(job: Job, rank: int, header: dict[str, object]) -> str:
-    """What a rank's graph depends on; the weights' files are not among it, for the graph only names tensors."""
-    parts = (job.model.to_json(), job.mapping.to_json(), job.export.to_json(), rank, header["versions"])
-    return fingerprint("export", code_fingerprint(), *parts)
+def _keys(job: Job, ranks: Sequence[int], made_with: dict[str, str]) -> dict[int, str]:
+    """What each rank's graph depends on; the weights' files are not among it, for the graph only names tensors."""
+    code, options = code_fingerprint(), (job.model.to_json(), job.mapping.to_json(), job.export.to_json())
+    return {rank: fingerprint("export", code, *options, rank, made_with) for rank in ranks}
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ def run_optimize(
     ranks = ranks_asked_for(source.world_size, rank)
     source.check(ranks)
     header = source.header | {"pipeline": pipeline}
-    keys = {r: _key(source, r, passes, allow_missed) for r in ranks}
+    code = code_fingerprint()
+    keys = {r: _key(source, r, code, passes, allow_missed) for r in ranks}
     with writing(output_dir, "optimize", source.world_size, header) as writer:
         missing = [r for r in ranks if not writer.is_done(r, keys[r])]
 
@@ -58,9 +59,9 @@ def run_optimize(
         run_ranks(task, missing, workers, "optimize", on_result=commit)
 
 
-def _key(source: Artifact, rank: int, passes: list[str], allow_missed: bool) -> str:
+def _key(source: Artifact, rank: int, code: str, passes: list[str], allow_missed: bool) -> str:
     inputs = {name: record.sha256 for name, record in source.rank_files(rank).items()}
-    return fingerprint("optimize", code_fingerprint(), inputs, passes, allow_missed)
+    return fingerprint("optimize", code, inputs, passes, allow_missed)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,9 @@ from moecompiler.artifact import Artifact
 from moecompiler.backends.base import EngineLimits
 from moecompiler.backends.choose import find_backend
 from moecompiler.errors import UserError
-from moecompiler.runtime.communicator import Communicator, on_one_rank, using_communicator
+from moecompiler.runtime.communicator import Communicator, on_one_rank
 from moecompiler.runtime.generation import Generation, GenerationOptions, check_request, generate
-from moecompiler.runtime.mpi import abort, world
+from moecompiler.runtime.mpi import world
 from moecompiler.runtime.outputs import check_writable, write_logits_npy, write_tokens_csv, write_tokens_npy
 from moecompiler.runtime.prompts import Tokenizer, load_tokenizer, read_prompts
 from moecompiler.runtime.sampling import SamplingOptions
@@ -28,6 +27,7 @@ from moecompiler.runtime.session import StageSession
 from moecompiler.runtime.threads import run_in_threads
 from moecompiler.tools import options as opt
 from moecompiler.tools.job import Job
+from moecompiler.tools.launched import run_launched
 from moecompiler.tools.printing import TextPrinter, summary_line
 
 T = TypeVar("T")
@@ -127,22 +127,8 @@ def run(
     if in_process:
         run_in_threads(Artifact.open(engine_dir, ("engine",)).world_size, lambda each: run_rank(request, each))
         return 0
-    return _under_launcher(request, world(os.environ))
-
-
-def _under_launcher(request: Request, communicator: Communicator) -> int:
-    """Runs this process's rank. An error that all ranks see ends each of them with its own line; any other ends them all."""
-    try:
-        with using_communicator(communicator):
-            run_rank(request, communicator)
-    except UserError:
-        raise
-    except BaseException as error:
-        if communicator.world_size == 1:
-            raise
-        traceback.print_exc()
-        print(f"moecompiler: rank {communicator.rank} failed ({error!r}); ending all ranks", file=sys.stderr)
-        abort(communicator, 1)
+    communicator = world(os.environ)
+    run_launched(communicator, lambda: run_rank(request, communicator))
     return 0
 
 

@@ -18,11 +18,12 @@ from moecompiler.artifact import Artifact
 from moecompiler.backends.base import EngineLimits
 from moecompiler.backends.choose import find_backend
 from moecompiler.errors import UserError
-from moecompiler.runtime.communicator import Communicator, using_communicator
-from moecompiler.runtime.mpi import abort, world
+from moecompiler.runtime.communicator import Communicator
+from moecompiler.runtime.mpi import world
 from moecompiler.runtime.threads import run_in_threads
 from moecompiler.tools import options as opt
 from moecompiler.tools.job import Job
+from moecompiler.tools.launched import run_launched
 from moecompiler.tools.run import together
 from moecompiler.tools.text import encode_text
 
@@ -97,14 +98,7 @@ def _under_launcher(request: Request, artifact: Artifact, communicator: Communic
             f"{request.directory}: was compiled for {artifact.world_size} rank(s), but {communicator.world_size} run:"
             f" start it with `mpirun -n {artifact.world_size}`, or without mpirun"
         )
-    try:
-        with using_communicator(communicator):
-            return validate_with(request, artifact, communicator)
-    except UserError:
-        raise
-    except BaseException as error:
-        print(f"moecompiler: rank {communicator.rank} failed ({error!r}); ending all ranks", file=sys.stderr)
-        abort(communicator, 1)
+    return run_launched(communicator, lambda: validate_with(request, artifact, communicator))
 
 
 def validate_with(request: Request, artifact: Artifact, communicator: Communicator) -> Report:
