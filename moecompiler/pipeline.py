@@ -1,14 +1,15 @@
 """Passes and how they are run: program in, program out, and what was done.
 
-A pass sees a private copy of the graph in onnx-graphsurgeon's form and the weights' recipes, changes both in place, and
-reports each change with the HF module it happened in. ``apply`` makes that pure: program → (program, result).
+A pass finds rewrites one after another in a private copy of the graph, in onnx-graphsurgeon's form, and in the weights'
+recipes; each is made, or left, before the next is looked for. So every rewrite has a number, and a pipeline can be stopped
+before any of them. ``apply`` makes a pass pure: program → (program, result).
 """
 
 from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,12 +23,22 @@ from moecompiler.weights import Recipe
 
 
 @dataclass(frozen=True)
+class Rewrite:
+    """What a pass has found to do: at which node, of which HF module; ``apply`` does it and says in words what it did."""
+
+    node: str
+    module: str
+    apply: Callable[[], str]
+
+
+@dataclass(frozen=True)
 class Change:
-    """One rewrite: what was done, to which node, of which HF module."""
+    """A rewrite that was made; ``number`` counts them from 1 through a pipeline, on one rank."""
 
     what: str
     node: str
     module: str
+    number: int
 
 
 @dataclass(frozen=True)
@@ -45,12 +56,18 @@ class Missed:
 
 
 class Pass(Protocol):
-    """A rewrite. Its class docstring says what it does; ``name`` is what the command line calls it."""
+    """A rewriting step. The first paragraph of its class docstring says what it does; ``name`` is what the command line calls it.
+
+    A pass may also have ``spec_of(node)``, the op of a node that it makes (see ``ops``), ``missed(graph, weights)``, where it
+    should have matched and did not, ``why_not(graph, weights, node)``, why it leaves a node alone, and ``needs`` and
+    ``guarantees``, in words.
+    """
 
     name: str
 
-    def rewrite(self, graph: gs.Graph, weights: dict[str, Recipe]) -> list[Change]:
-        """Changes ``graph`` and ``weights`` (by initializer name) in place; returns what it did."""
+    def rewrites(self, graph: gs.Graph, weights: dict[str, Recipe]) -> Iterator[Rewrite]:
+        """The rewrites of ``graph`` and ``weights`` (by initializer name), one after another. Each is applied, which changes
+        both in place, or left, before the next is asked for."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +96,18 @@ class PassResult:
         return data | ({"missed": [str(each) for each in self.missed]} if self.missed else {})
 
 
-def apply(step: Pass, program: Program) -> tuple[Program, PassResult]:
-    """Runs one pass on a copy of ``program``; nodes left without a reader and weights left without one are dropped."""
+def apply(step: Pass, program: Program, *, first: int = 1, limit: int | None = None) -> tuple[Program, PassResult]:
+    """Runs one pass on a copy of ``program``; nodes left without a reader and weights left without one are dropped.
+
+    Its rewrites are numbered from ``first`` on; those beyond number ``limit`` are left (and what it did not match then is not
+    reported as missed).
+    """
     started = time.perf_counter()
     G_LOGGER.severity = G_LOGGER.ERROR  # it warns at every bfloat16 tensor, which numpy has no dtype for
     graph = gs.import_onnx(program.model)
     before = len(graph.nodes)
     weights = dict(program.weights)
-    changes = step.rewrite(graph, weights)
+    changes, stopped = _make(step, graph, weights, first, limit)
     graph.cleanup(remove_unused_graph_inputs=False)
     graph.nodes = in_stable_order(graph)
     tensors = graph.tensors()
@@ -95,10 +116,24 @@ def apply(step: Pass, program: Program) -> tuple[Program, PassResult]:
     for spec in _specs(step, graph):
         add_function(model, spec)
     kept = {name: recipe for name, recipe in weights.items() if name in tensors}
-    missed = tuple(step.missed(graph, weights)) if hasattr(step, "missed") else ()
+    expected = hasattr(step, "missed") and not stopped
+    missed = tuple(step.missed(graph, weights)) if expected else ()  # type: ignore[attr-defined]
     seconds = time.perf_counter() - started
     result = PassResult(step.name, tuple(changes), before, len(graph.nodes), seconds, missed)
     return Program(model, kept), result
+
+
+def _make(
+    step: Pass, graph: gs.Graph, weights: dict[str, Recipe], first: int, limit: int | None
+) -> tuple[list[Change], bool]:
+    """Makes the pass's rewrites up to ``limit``; says whether any was left."""
+    changes: list[Change] = []
+    for rewrite in step.rewrites(graph, weights):
+        number = first + len(changes)
+        if limit is not None and number > limit:
+            return changes, True
+        changes.append(Change(rewrite.apply(), rewrite.node, rewrite.module, number))
+    return changes, False
 
 
 def _specs(step: Pass, graph: gs.Graph) -> list[OpSpec]:
@@ -140,17 +175,23 @@ def run_passes(
     progress: Callable[[float], None] = lambda fraction: None,
     *,
     allow_missed: bool = False,
+    limit: int | None = None,
+    watch: Callable[[int, Program, PassResult], None] = lambda index, program, result: None,
 ) -> tuple[Program, list[PassResult]]:
-    """Runs ``passes`` in order; ``progress`` is told the fraction done.
+    """Runs ``passes`` in order; ``progress`` is told the fraction done, ``watch`` each pass's index, program and result.
 
-    Raises: UserError where a pass did not match in a module where it should have, unless ``allow_missed``.
+    Rewrites are numbered from 1 through all passes; those beyond number ``limit`` are not made.
+    Raises: UserError where a pass did not match in a module where it should have, unless ``allow_missed`` or ``limit``.
     """
-    results = []
+    results: list[PassResult] = []
+    made = 0
     for index, step in enumerate(passes):
-        program, result = apply(step, program)
-        if result.missed and not allow_missed:
+        program, result = apply(step, program, first=made + 1, limit=limit)
+        if result.missed and not allow_missed and limit is None:
             raise UserError(f"{missed_text(result)}; --allow_missed goes on without")
+        made += result.matches
         results.append(result)
+        watch(index, program, result)
         progress((index + 1) / len(passes))
     return program, results
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
 from moecompiler.graph import module_of
-from moecompiler.passes.rewiring import redirect_readers
-from moecompiler.pipeline import Change
+from moecompiler.passes.rewiring import is_any_of, redirect_readers
+from moecompiler.pipeline import Rewrite
 from moecompiler.weights import Recipe
 
 
@@ -20,17 +21,25 @@ class CleanUp:
 
     name = "clean-up"
 
-    def rewrite(self, graph: gs.Graph, weights: dict[str, Recipe]) -> list[Change]:
-        changes = []
+    def rewrites(self, graph: gs.Graph, weights: dict[str, Recipe]) -> Iterator[Rewrite]:
         for node in list(graph.nodes):
-            rule = _RULES.get(node.op) if node.domain in ("", None) else None
-            # a node that writes a graph output is what gives the output its name
-            if rule is None or node.outputs[0] in graph.outputs or not rule(node):
-                continue
-            redirect_readers(node.outputs[0], node.inputs[0])
-            node.outputs.clear()
-            changes.append(Change(f"removed {node.op}", node.name, module_of(node.name)))
-        return changes
+            if self.why_not(graph, weights, node) is None:
+                yield Rewrite(node.name, module_of(node.name), partial(_bypass, node))
+
+    def why_not(self, graph: gs.Graph, weights: dict[str, Recipe], node: gs.Node) -> str | None:
+        """Why a node stays; None where it does not."""
+        rule = _RULES.get(node.op) if node.domain in ("", None) else None
+        if rule is None:
+            return f"{node.op} is no operator that can do nothing"
+        if is_any_of(node.outputs[0], graph.outputs):
+            return "it writes an output of the graph, which has its name from it"
+        return None if rule(node) else f"this {node.op} is not known to leave its input as it is"
+
+
+def _bypass(node: gs.Node) -> str:
+    redirect_readers(node.outputs[0], node.inputs[0])
+    node.outputs.clear()
+    return f"removed {node.op}"
 
 
 def _onnx_dtype(tensor: gs.Tensor) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,8 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from moecompiler.graph import DOMAIN, module_of
-from moecompiler.passes.rewiring import NOT_PURE, redirect_readers
-from moecompiler.pipeline import Change
+from moecompiler.passes.rewiring import NOT_PURE, is_any_of, redirect_readers
+from moecompiler.pipeline import Rewrite
 from moecompiler.weights import Recipe
 
 _LARGEST_COMPARED = 1024  # elements of a constant; larger ones are equal only if they are the same tensor
@@ -25,31 +27,37 @@ class CommonSubexpressions:
 
     name = "common-subexpressions"
 
-    def rewrite(self, graph: gs.Graph, weights: dict[str, Recipe]) -> list[Change]:
+    def rewrites(self, graph: gs.Graph, weights: dict[str, Recipe]) -> Iterator[Rewrite]:
         first: dict[Any, gs.Node] = {}
-        changes = []
-        for node in graph.nodes:
+        for node in list(graph.nodes):
             if not _may_merge(node, graph):
                 continue
-            key = (
-                node.op,
-                node.domain or "",
-                _attributes(node),
-                tuple(_identity(tensor, weights) for tensor in node.inputs),
-            )
-            kept = first.setdefault(key, node)
-            if kept is node or len(kept.outputs) != len(node.outputs):
-                continue
-            for old, new in zip(node.outputs, kept.outputs, strict=True):
-                redirect_readers(old, new)
-            changes.append(Change(f"merged {node.op} into {kept.name}", node.name, module_of(node.name)))
-        return changes
+            kept = first.setdefault(_key(node, weights), node)
+            if kept is not node and len(kept.outputs) == len(node.outputs):
+                yield Rewrite(node.name, module_of(node.name), partial(_merge, node, kept))
+
+    def why_not(self, graph: gs.Graph, weights: dict[str, Recipe], node: gs.Node) -> str:
+        """Why a node stays."""
+        if not _may_merge(node, graph):
+            return f"{node.op} is left alone: it writes an output of the graph, or is a collective or not pure"
+        return f"no {node.op} before it has the same inputs and attributes"
+
+
+def _merge(node: gs.Node, kept: gs.Node) -> str:
+    for old, new in zip(node.outputs, kept.outputs, strict=True):
+        redirect_readers(old, new)
+    return f"merged {node.op} into {kept.name}"
+
+
+def _key(node: gs.Node, weights: dict[str, Recipe]) -> Any:
+    inputs = tuple(_identity(tensor, weights) for tensor in node.inputs)
+    return node.op, node.domain or "", _attributes(node), inputs
 
 
 def _may_merge(node: gs.Node, graph: gs.Graph) -> bool:
     standard = node.domain in ("", None) and node.op not in NOT_PURE
     fused = node.domain == DOMAIN and node.op not in ("AllReduce", "AllGather")
-    writes_output = any(tensor is output for tensor in node.outputs for output in graph.outputs)
+    writes_output = any(is_any_of(tensor, graph.outputs) for tensor in node.outputs)
     has_subgraph = any(isinstance(value, gs.Graph) for value in node.attrs.values())
     return (standard or fused) and not writes_output and not has_subgraph
 

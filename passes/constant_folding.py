@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -10,8 +13,8 @@ from onnx.reference import ReferenceEvaluator
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from moecompiler.graph import OPSET, module_of, weight_tensor
-from moecompiler.passes.rewiring import NOT_PURE, redirect_readers
-from moecompiler.pipeline import Change
+from moecompiler.passes.rewiring import NOT_PURE, is_any_of, redirect_readers
+from moecompiler.pipeline import Rewrite
 from moecompiler.weights import Recipe
 
 # A constant that is larger than what it is made of only costs memory and time to load (an expanded mask, say).
@@ -23,26 +26,40 @@ class ConstantFolding:
 
     name = "constant-folding"
 
-    def rewrite(self, graph: gs.Graph, weights: dict[str, Recipe]) -> list[Change]:
-        changes = []
+    def rewrites(self, graph: gs.Graph, weights: dict[str, Recipe]) -> Iterator[Rewrite]:
         for node in list(graph.nodes):
-            if any(output in graph.outputs for output in node.outputs):
+            if any(is_any_of(output, graph.outputs) for output in node.outputs):
                 continue  # a graph output needs a node that writes it
             if _transposes_a_weight(node, weights):
-                constant = _transposed_weight(node, weights)
-                what = "transposed a weight by reference"
-            elif _is_foldable(node, weights):
-                folded = evaluate(node)
-                if folded is None:
-                    continue
-                constant = gs.Constant(node.outputs[0].name, LazyValues(folded))
-                what = f"folded {node.op}"
-            else:
-                continue
-            redirect_readers(node.outputs[0], constant)
-            node.outputs.clear()
-            changes.append(Change(what, node.name, module_of(node.name)))
-        return changes
+                yield Rewrite(node.name, module_of(node.name), partial(_transpose, node, weights))
+            elif _is_foldable(node, weights) and (folded := evaluate(node)) is not None:
+                yield Rewrite(node.name, module_of(node.name), partial(_fold, node, folded))
+
+    def why_not(self, graph: gs.Graph, weights: dict[str, Recipe], node: gs.Node) -> str:
+        """Why a node stays."""
+        if any(is_any_of(output, graph.outputs) for output in node.outputs):
+            return "it writes an output of the graph"
+        varying = [t.name for t in node.inputs if not isinstance(t, gs.Constant) and not t.is_empty()]
+        if varying:
+            return f"its input {varying[0]} is not constant"
+        read = [t.name for t in node.inputs if t.name in weights]
+        if read:
+            return f"its input {read[0]} is a weight, which only a transposition that nothing else shares is moved into"
+        return (
+            f"{node.op} is not folded: its result would be large, or it is not a pure standard operator of one output"
+        )
+
+
+def _fold(node: gs.Node, folded: onnx.TensorProto) -> str:
+    redirect_readers(node.outputs[0], gs.Constant(node.outputs[0].name, LazyValues(folded)))
+    node.outputs.clear()
+    return f"folded {node.op}"
+
+
+def _transpose(node: gs.Node, weights: dict[str, Recipe]) -> str:
+    redirect_readers(node.outputs[0], _transposed_weight(node, weights))
+    node.outputs.clear()
+    return "transposed a weight by reference"
 
 
 def _is_foldable(node: gs.Node, weights: dict[str, Recipe]) -> bool:

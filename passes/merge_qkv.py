@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+
 import numpy as np
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from moecompiler.graph import DOMAIN, module_of, node_name, weight_tensor
 from moecompiler.passes.pattern import producer_of
-from moecompiler.pipeline import Change
+from moecompiler.pipeline import Rewrite
 from moecompiler.weights import Recipe, joined
 
 
@@ -20,17 +23,18 @@ class MergeQKV:
 
     name = "merge-qkv"
 
-    def rewrite(self, graph: gs.Graph, weights: dict[str, Recipe]) -> list[Change]:
-        changes = []
+    def rewrites(self, graph: gs.Graph, weights: dict[str, Recipe]) -> Iterator[Rewrite]:
         for node in list(graph.nodes):
-            if node.domain != DOMAIN or node.op not in ("Attention", "ContextAttention"):
-                continue
-            products = [producer_of(tensor) for tensor in node.inputs[:3]]
-            if not _are_projections(products, weights):
-                continue
-            _merge(graph, [product for product in products if product is not None], weights)
-            changes.append(Change("merged q, k and v into one product", node.name, module_of(node.name)))
-        return changes
+            if self.why_not(graph, weights, node) is None:
+                yield Rewrite(node.name, module_of(node.name), partial(_merge, graph, node, weights))
+
+    def why_not(self, graph: gs.Graph, weights: dict[str, Recipe], node: gs.Node) -> str | None:
+        """Why a node stays; None where it does not."""
+        if node.domain != DOMAIN or node.op not in ("Attention", "ContextAttention"):
+            return f"{node.op} is no attention op"
+        if _are_projections([producer_of(tensor) for tensor in node.inputs[:3]], weights):
+            return None
+        return "its q, k and v are not three products of one activation with weights of their own, taken by reference"
 
 
 def _are_projections(products: list[gs.Node | None], weights: dict[str, Recipe]) -> bool:
@@ -46,7 +50,8 @@ def _are_projections(products: list[gs.Node | None], weights: dict[str, Recipe])
     )
 
 
-def _merge(graph: gs.Graph, products: list[gs.Node], weights: dict[str, Recipe]) -> None:
+def _merge(graph: gs.Graph, attention: gs.Node, weights: dict[str, Recipe]) -> str:
+    products = [tensor.inputs[0] for tensor in attention.inputs[:3]]
     recipes = [weights.pop(product.inputs[1].name) for product in products]
     module = module_of(products[0].name).rpartition(".")[0]
     number = products[0].name.rpartition("_")[2]
@@ -63,3 +68,4 @@ def _merge(graph: gs.Graph, products: list[gs.Node], weights: dict[str, Recipe])
         gs.Node("MatMul", node_name(module, f"QKV_{number}"), {}, [x, constant], [together]),
         gs.Node("Split", node_name(module, f"SplitQKV_{number}"), {"axis": -1}, [together, sizes], outputs),
     ]
+    return "merged q, k and v into one product"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import ClassVar
 
 import onnx_graphsurgeon as gs
@@ -11,7 +12,7 @@ import onnx_graphsurgeon as gs
 from moecompiler.graph import DOMAIN, module_of
 from moecompiler.ops import OpSpec
 from moecompiler.passes.pattern import Match, Miss, Op, match
-from moecompiler.pipeline import Change, Missed
+from moecompiler.pipeline import Missed, Rewrite
 from moecompiler.weights import Recipe
 
 
@@ -40,14 +41,19 @@ class PatternPass:
         """Rewrites a match; returns what was done, in words."""
         raise TypeError(f"{type(self).__name__} has no replace")
 
-    def rewrite(self, graph: gs.Graph, weights: dict[str, Recipe]) -> list[Change]:
-        changes = []
+    def rewrites(self, graph: gs.Graph, weights: dict[str, Recipe]) -> Iterator[Rewrite]:
         for node in list(graph.nodes):
             found = match(self.pattern, node, Miss())
-            if found is None or self.check(found, graph, weights) is not None:
-                continue
-            changes.append(Change(self.replace(found, graph, weights), node.name, module_of(node.name)))
-        return changes
+            if found is not None and self.check(found, graph, weights) is None:
+                yield Rewrite(node.name, module_of(node.name), partial(self.replace, found, graph, weights))
+
+    def why_not(self, graph: gs.Graph, weights: dict[str, Recipe], node: gs.Node) -> str:
+        """Why no match ends in a node."""
+        miss = self.nearest_miss(graph, weights, (node,))
+        if miss.depth <= 0:
+            return f"{node.op} is not the last node of its pattern, {self.pattern.op}"
+        at = miss.node.name if miss.node is not None else node.name
+        return f"{miss.depth} nodes matched, then at {at}: {miss.reason}"
 
     def missed(self, graph: gs.Graph, weights: dict[str, Recipe]) -> list[Missed]:
         """The modules in which the pass should have matched and did not, each with its nearest miss."""

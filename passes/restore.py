@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import onnx_graphsurgeon as gs
 
 from moecompiler.graph import DOMAIN, module_of, node_name
-from moecompiler.pipeline import Change
+from moecompiler.pipeline import Rewrite
 from moecompiler.weights import Recipe
 
 
@@ -17,18 +18,26 @@ class Restore:
 
     name = "restore"
 
-    def rewrite(self, graph: gs.Graph, weights: dict[str, Recipe]) -> list[Change]:
+    def rewrites(self, graph: gs.Graph, weights: dict[str, Recipe]) -> Iterator[Rewrite]:
         bodies = {function.name: function for function in graph.functions if function.domain == DOMAIN}
-        changes = []
         for node in list(graph.nodes):
             if node.domain == DOMAIN and node.op in bodies:
-                inlined = _inline(node, bodies[node.op])
-                at = graph.nodes.index(node)
-                node.outputs.clear()
-                graph.nodes[at : at + 1] = inlined
-                changes.append(Change(f"restored {node.op}", node.name, module_of(node.name)))
-        graph.functions = [function for function in graph.functions if function.domain != DOMAIN]
-        return changes
+                yield Rewrite(node.name, module_of(node.name), partial(_restore, graph, node, bodies[node.op]))
+        left = {node.op for node in graph.nodes if node.domain == DOMAIN}
+        graph.functions = [each for each in graph.functions if each.domain != DOMAIN or each.name in left]
+
+    def why_not(self, graph: gs.Graph, weights: dict[str, Recipe], node: gs.Node) -> str:
+        """Why a node stays."""
+        fused = node.domain == DOMAIN
+        return f"{node.op} has no body in the file" if fused else f"{node.op} is a standard operator already"
+
+
+def _restore(graph: gs.Graph, node: gs.Node, body: gs.Function) -> str:
+    inlined = _inline(node, body)
+    at = graph.nodes.index(node)
+    node.outputs.clear()
+    graph.nodes[at : at + 1] = inlined
+    return f"restored {node.op}"
 
 
 def _inline(node: gs.Node, body: gs.Function) -> list[gs.Node]:

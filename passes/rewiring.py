@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import onnx_graphsurgeon as gs
 
 # ops that give something else each time they run: never folded, never merged
 NOT_PURE = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
 )
+
+
+def is_any_of(tensor: gs.Tensor, tensors: Iterable[gs.Tensor]) -> bool:
+    """Whether it is one of them; onnx-graphsurgeon's own equality goes by name."""
+    return any(tensor is each for each in tensors)
 
 
 def redirect_readers(old: gs.Tensor, new: gs.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx_graphsurgeon as gs
@@ -15,7 +16,7 @@ from moecompiler.graph import Program, check, module_of, serialize
 from moecompiler.passes.cleanup import CleanUp
 from moecompiler.passes.constant_folding import ConstantFolding
 from moecompiler.passes.pipelines import find_pipeline, named_pipelines
-from moecompiler.pipeline import Change, apply, in_stable_order, run_passes
+from moecompiler.pipeline import Missed, Rewrite, apply, in_stable_order, run_passes
 from moecompiler.weights import Recipe
 
 SETTLE = (ConstantFolding(), CleanUp(), ConstantFolding(), CleanUp())
@@ -29,16 +30,16 @@ class Nothing:
 
     name = "nothing"
 
-    def rewrite(self, graph: gs.Graph, weights: dict[str, Recipe]) -> list[Change]:
-        return []
+    def rewrites(self, graph: gs.Graph, weights: dict[str, Recipe]) -> Iterator[Rewrite]:
+        yield from ()
 
 
 class Reverse(Nothing):
     """Turns the list of nodes around, which computes the same."""
 
-    def rewrite(self, graph: gs.Graph, weights: dict[str, Recipe]) -> list[Change]:
+    def rewrites(self, graph: gs.Graph, weights: dict[str, Recipe]) -> Iterator[Rewrite]:
         graph.nodes.reverse()
-        return []
+        yield from ()
 
 
 class DropZ(Nothing):
@@ -46,18 +47,21 @@ class DropZ(Nothing):
 
     name = "drop-z"
 
-    def rewrite(self, graph: gs.Graph, weights: dict[str, Recipe]) -> list[Change]:
-        graph.outputs = graph.outputs[:1]
-        weights["unheard of"] = weights["w"]
-        return [Change("dropped", "z", "")]
+    def rewrites(self, graph: gs.Graph, weights: dict[str, Recipe]) -> Iterator[Rewrite]:
+        def drop() -> str:
+            graph.outputs = graph.outputs[:1]
+            weights["unheard of"] = weights["w"]
+            return "dropped"
+
+        yield Rewrite("z", "", drop)
 
 
 class Loop(Nothing):
     """Feeds a node with what is made of it."""
 
-    def rewrite(self, graph: gs.Graph, weights: dict[str, Recipe]) -> list[Change]:
+    def rewrites(self, graph: gs.Graph, weights: dict[str, Recipe]) -> Iterator[Rewrite]:
         graph.nodes[0].inputs[0] = graph.nodes[1].outputs[0]
-        return []
+        yield from ()
 
 
 def names(it: Program) -> list[str]:
@@ -191,3 +195,49 @@ def test_stable_order_of_nodes_alone() -> None:
     nodes = [gs.Node("Neg", name=name, inputs=[x], outputs=[gs.Variable(f"{name}.y")]) for name in "cab"]
     graph = gs.Graph(nodes, inputs=[x], outputs=[node.outputs[0] for node in nodes])
     assert [node.name for node in in_stable_order(graph)] == ["c", "a", "b"]
+
+
+CHAIN = """g (float[2] x) => (float[2] y)
+    { ["model.a/n"] a = Identity (x) ["model.b/n"] b = Identity (a) ["model.c/n"] c = Identity (b) ["y"] y = Neg (c) }"""
+
+
+@pytest.mark.parametrize("limit", range(5))
+def test_rewrites_are_numbered_and_limited(limit: int) -> None:
+    """Through all passes; what is beyond the limit is left, and what it would have matched is not missed."""
+    after, results = run_passes((Nothing(), CleanUp(), Expecting()), program(CHAIN), limit=limit)
+    made = [(change.number, change.module) for result in results for change in result.changes]
+    assert made == [(1, "model.a"), (2, "model.b"), (3, "model.c")][:limit]
+    assert len(after.model.graph.node) == 4 - min(limit, 3)
+    assert not any(result.missed for result in results if limit < 3)
+
+
+class Expecting(Nothing):
+    """A pass that always misses something."""
+
+    name = "expecting"
+
+    def rewrites(self, graph: gs.Graph, weights: dict[str, Recipe]) -> Iterator[Rewrite]:
+        for node in graph.nodes:
+            if node.op == "Identity":
+                yield Rewrite(node.name, "", lambda: "nothing")
+
+    def missed(self, graph: gs.Graph, weights: dict[str, Recipe]) -> list[Missed]:
+        return [Missed("model.a", 1, "n", "it is not there")]
+
+
+def test_what_a_pass_missed_is_an_error_unless_allowed() -> None:
+    with pytest.raises(UserError, match=r"pass expecting: did not match in model.a \(nearest miss: 1 nodes") as caught:
+        run_passes((Expecting(),), program(CHAIN))
+    assert "\n" not in str(caught.value)
+    _, (result,) = run_passes((Expecting(),), program(CHAIN), allow_missed=True)
+    assert result.to_json()["missed"] == ["model.a (nearest miss: 1 nodes matched, then at n: it is not there)"]
+
+
+def test_each_pass_can_be_watched() -> None:
+    seen: list[tuple[int, str, int]] = []
+    run_passes(
+        (Nothing(), CleanUp()),
+        program(CHAIN),
+        watch=lambda index, made, result: seen.append((index, result.name, len(made.model.graph.node))),
+    )
+    assert seen == [(0, "nothing", 4), (1, "clean-up", 1)]

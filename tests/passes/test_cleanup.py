@@ -162,7 +162,7 @@ def test_changes_name_their_module() -> None:
         """g (float[4] x) => (float[4] y) { ["model.layers.3.mlp/Identity_7"] a = Identity (x) ["/y"] y = Neg (a) }"""
     )
     (change,) = apply(CleanUp(), program(text))[1].changes
-    assert change == Change("removed Identity", "model.layers.3.mlp/Identity_7", "model.layers.3.mlp")
+    assert change == Change("removed Identity", "model.layers.3.mlp/Identity_7", "model.layers.3.mlp", 1)
 
 
 def test_read_in_a_branch() -> None:

@@ -244,4 +244,4 @@ def test_changes_name_their_module() -> None:
     text = """g (float[2] x) => (float[2] y) <float[2] c = {1.0, 2.0}>
     { ["model.norm/Neg_1"] a = Neg (c) ["/y"] y = Add (x, a) }"""
     (change,) = apply(ConstantFolding(), program(text))[1].changes
-    assert change == Change("folded Neg", "model.norm/Neg_1", "model.norm")
+    assert change == Change("folded Neg", "model.norm/Neg_1", "model.norm", 1)
