@@ -1,0 +1,137 @@
+"""What a plugin launches, as data: kernels to compile, what compiling them gives, and plans of launches.
+
+An op's folder has ``kernels.py``, Triton functions only, and ``launch.py``, whose ``tactics(attributes, dims, dtype, sm)`` says
+which ways there are to compute the op. ``compile.py`` makes a ``Cubin`` of each ``Kernel``, for any SM, without a GPU. Nothing
+here or in a plan needs Triton, so running an engine does not either.
+
+Triton's kernels take two hidden pointers after their own arguments: global scratch, of ``Cubin.scratch`` bytes per program of
+the grid (null where that is 0), and a profiler's (always null).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+ALIGNMENT = 256
+"""Of every part of the workspace, in bytes; global scratch needs 128."""
+
+Dims = tuple[tuple[int, ...], ...]
+"""The shapes of all inputs of a node, in order."""
+
+TRITON_TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A Triton function to be compiled.
+
+    ``signature`` gives each argument's Triton type in order, constexprs left out: ``*fp16``, ``i32``, ``fp32``; ``:16`` behind it
+    promises that the pointer or number is a multiple of 16, as in ``triton.tools.compile``. ``constants`` are the constexprs.
+    """
+
+    module: str
+    function: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, int | float | bool | str], ...]
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """A compiled kernel: ``name`` is its entry in ``image``, ``shared`` its dynamic shared memory in bytes (above 48 KB the function
+    attribute has to be raised), ``scratch`` its global scratch in bytes per program."""
+
+    image: bytes
+    name: str
+    shared: int
+    num_warps: int
+    scratch: int
+
+    def to_bytes(self) -> bytes:
+        """A line of JSON, then the image: what an INT8 plugin field holds."""
+        header = {"name": self.name, "shared": self.shared, "num_warps": self.num_warps, "scratch": self.scratch}
+        return json.dumps(header).encode() + b"\n" + self.image
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Cubin:
+        header, _, image = data.partition(b"\n")
+        return replace(Cubin(image, "", 0, 0, 0), **json.loads(header))
+
+
+@dataclass(frozen=True)
+class Input:
+    """The address of the node's input ``index``."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Output:
+    """The address of the node's output ``index``; an aliased output's is its input's."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The address ``offset`` bytes into the node's workspace."""
+
+    offset: int
+
+
+Argument = Input | Output | Workspace | int | float
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: ``kernel`` is an index into the tactic's kernels, ``args`` are in the order of its signature.
+
+    With ``overlapped`` it is launched with the attribute ``PROGRAMMATIC_STREAM_SERIALIZATION`` set to 1: it may start while the
+    launch before it ends, and waits for it itself (``griddepcontrol.wait``). A plan's first launch is never overlapped.
+    """
+
+    kernel: int
+    grid: tuple[int, int, int]
+    args: tuple[Argument, ...]
+    overlapped: bool = False
+
+
+class Tactic(Protocol):
+    """One way to compute a node. It is right for all shapes; which tactic is fastest for which, the backend times."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]: ...
+
+    def workspace(self, dims: Dims) -> int:
+        """Bytes of workspace, a multiple of ``ALIGNMENT``, without global scratch; grows with each dim."""
+        ...
+
+    def launches(self, dims: Dims) -> tuple[Launch, ...]:
+        """The launches for inputs of these shapes, in order. The grids depend on nothing else."""
+        ...
+
+
+def scratch_bytes(launches: Sequence[Launch], cubins: Sequence[Cubin]) -> int:
+    """Bytes of global scratch that the launches need, one after another, behind the tactic's own workspace."""
+    return max((cubins[launch.kernel].scratch * math.prod(launch.grid) for launch in launches), default=0)
+
+
+class Arena:
+    """Parts of a workspace, one behind another.."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    def take(self, count: int) -> Workspace:
+        """A part of ``count`` bytes."""
+        part = Workspace(self.size)
+        self.size += -(-count // ALIGNMENT) * ALIGNMENT
+        return part
