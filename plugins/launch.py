@@ -1,8 +1,9 @@
 """What a plugin launches, as data: kernels to compile, what compiling them gives, and plans of launches.
 
-An op's folder has ``kernels.py``, Triton functions only, and ``launch.py``, whose ``tactics(attributes, dims, dtype, sm)`` says
-which ways there are to compute the op. ``compile.py`` makes a ``Cubin`` of each ``Kernel``, for any SM, without a GPU. Nothing
-here or in a plan needs Triton, so running an engine does not either.
+An op's folder has ``kernels.py``, Triton functions only, and ``launch.py``, whose ``tactics(op, attributes, dims, dtype, sm)``
+says which ways there are to compute the op (``dims``: the inputs' shapes as far as the build knows them, -1 for what it does not;
+``dtype``: ``float16``, ``bfloat16`` or ``float32``). ``compile.py`` makes a ``Cubin`` of each ``Kernel``, for any SM, without a GPU;
+``driver.py`` loads and launches them. Nothing here or in a plan needs Triton, so running an engine does not either.
 
 Triton's kernels take two hidden pointers after their own arguments: global scratch, of ``Cubin.scratch`` bytes per program of
 the grid (null where that is 0), and a profiler's (always null).
@@ -43,8 +44,8 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Cubin:
-    """A compiled kernel: ``name`` is its entry in ``image``, ``shared`` its dynamic shared memory in bytes (above 48 KB the function
-    attribute has to be raised), ``scratch`` its global scratch in bytes per program."""
+    """A compiled kernel: ``name`` is its entry in ``image``, ``shared`` its dynamic shared memory in bytes (above 48 KB the
+    function's attribute has to be raised), ``scratch`` its global scratch in bytes per program."""
 
     image: bytes
     name: str
