@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
-from moecompiler.passes.pattern import Match, Op, Pattern, Var, producer_of, small_constant
+from moecompiler.graph import module_of, node_name
+from moecompiler.passes.pattern import Const, Match, OneOf, Op, Pattern, Var, small_constant
 
 
 def along_axis(expected: int) -> Callable[[gs.Node], str | None]:
@@ -34,20 +36,29 @@ def heads(projection: str) -> Op:
     return Op("Transpose", (Op("Reshape", (Var(projection),)),), name=f"{projection}_heads", test=permutes(0, 2, 1, 3))
 
 
-def _half(of: Pattern, which: str) -> Op:
-    return Op("Slice", (of,), name=which)
+_MINUS_ONE = Const("minus_one", "-1", lambda value: value.size == 1 and float(value.item()) == -1)
 
 
 def rotated(projection: str) -> Op:
-    """``x * cos + rotate_half(x) * sin``; that both halves are of the same ``x`` is for the check to see."""
+    """``x * cos + rotate_half(x) * sin``. Every ``x`` is the same node, by its name; that the halves are the halves is for
+    ``halves_differ`` to see."""
     whole = heads(projection)
-    turned = Op(
-        "Concat",
-        (Op("Neg", (_half(whole, f"{projection}_high"),)), _half(whole, f"{projection}_low")),
-        test=along_axis(-1),
+    sliced = tuple(Op("Slice", (whole,), name=f"{projection}_{which}") for which in ("low", "high"))
+    split = tuple(
+        Op("Split", (whole,), name=f"{projection}_split", output=output, test=along_axis(-1)) for output in (0, 1)
     )
+    turned = OneOf(tuple(Op("Concat", (_negated(high), low), test=along_axis(-1)) for low, high in (sliced, split)))
     straight = Op("Mul", (whole, Var("cos")), commutative=True)
     return Op("Add", (straight, Op("Mul", (turned, Var("sin")), commutative=True)), commutative=True)
+
+
+def _negated(of: Pattern) -> Pattern:
+    return OneOf((Op("Neg", (of,)), Op("Mul", (of, _MINUS_ONE), commutative=True)))
+
+
+def writes_cache(nodes: Sequence[gs.Node]) -> bool:
+    """Whether keys and values are put into a cache among these nodes: what tells the two kinds of attention apart."""
+    return any(node.op == "ScatterElements" for node in nodes)
 
 
 def heads_shape(found: Match, projection: str) -> list[int | str]:
@@ -55,9 +66,14 @@ def heads_shape(found: Match, projection: str) -> list[int | str]:
 
 
 def halves_differ(found: Match, projection: str) -> str | None:
+    """Why what is rotated against each other is not the two halves of a head, or None."""
     size = heads_shape(found, projection)[-1]
     if not isinstance(size, int):
         return f"the head size of the {projection} is not known"
+    split = found.named.get(f"{projection}_split")
+    if split is not None:
+        sizes = [output.shape[-1] for output in split.outputs]
+        return None if sizes == [size // 2] * 2 else f"{split.name} gives {sizes} of {size}, not two halves"
     for which, bounds in (("low", (0, size // 2)), ("high", (size // 2, size))):
         node = found.named[f"{projection}_{which}"]
         values = [small_constant(tensor) for tensor in node.inputs[1:]]
@@ -66,6 +82,19 @@ def halves_differ(found: Match, projection: str) -> str | None:
         start, end, axis = (int(value.item()) for value in values[:3] if value is not None)
         if (start, min(end, size), axis % 4) != (*bounds, 3):
             return f"{node.name} takes [{start}:{end}] of axis {axis}, not [{bounds[0]}:{bounds[1]}] of the last"
-        if producer_of(node.inputs[0]) is not found.named[f"{projection}_heads"]:
-            return f"{node.name} slices another tensor than what it is added to"
     return None
+
+
+def rows(found: Match, projection: str, graph: gs.Graph) -> gs.Tensor:
+    """The projection as ``[B, S, heads * D]``; one that is ``[B * S, heads * D]``, as a ``Gemm`` gives it, is reshaped."""
+    tensor = found.tensors[projection]
+    if len(tensor.shape or ()) == 3:
+        return tensor
+    split = found.named[f"{projection}_heads"].inputs[0]
+    batch, length, count, size = split.shape
+    name = node_name(module_of(found.nodes[0].name), f"Reshape_{projection}_{found.nodes[0].name.rpartition('_')[2]}")
+    known = all(isinstance(dim, int) for dim in (count, size))
+    reshaped = gs.Variable(f"{name}_output", split.dtype, [batch, length, count * size if known else None])
+    shape = gs.Constant(f"{name}_shape", np.array([0, 0, -1], np.int64))
+    graph.nodes.append(gs.Node("Reshape", name, {}, [split, shape], [reshaped]))
+    return reshaped

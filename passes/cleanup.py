@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from moecompiler.graph import module_of
+from moecompiler.passes.dtypes import onnx_dtype
 from moecompiler.passes.rewiring import is_any_of, redirect_readers
 from moecompiler.pipeline import Rewrite
 from moecompiler.weights import Recipe
@@ -42,15 +42,8 @@ def _bypass(node: gs.Node) -> str:
     return f"removed {node.op}"
 
 
-def _onnx_dtype(tensor: gs.Tensor) -> int | None:
-    """A tensor's ONNX type; graphsurgeon holds a numpy dtype, or the ONNX type itself where numpy has none."""
-    if tensor.dtype is None or isinstance(tensor.dtype, int):
-        return tensor.dtype
-    return int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype)))
-
-
 def _same_type(a: gs.Tensor, b: gs.Tensor) -> bool:
-    return _onnx_dtype(a) is not None and _onnx_dtype(a) == _onnx_dtype(b)
+    return onnx_dtype(a) is not None and onnx_dtype(a) == onnx_dtype(b)
 
 
 def _same_static_shape(a: gs.Tensor, b: gs.Tensor) -> bool:
@@ -62,7 +55,7 @@ def _is_static(shape: Sequence[int | str] | None) -> bool:
 
 
 def _is_noop_cast(node: gs.Node) -> bool:
-    return _onnx_dtype(node.inputs[0]) == int(node.attrs["to"])
+    return onnx_dtype(node.inputs[0]) == int(node.attrs["to"])
 
 
 def _is_noop_slice(node: gs.Node) -> bool:

@@ -13,6 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from moecompiler.graph import OPSET, module_of, weight_tensor
+from moecompiler.passes.known_sizes import known_sizes
 from moecompiler.passes.rewiring import NOT_PURE, is_any_of, redirect_readers
 from moecompiler.pipeline import Rewrite
 from moecompiler.weights import Recipe
@@ -22,7 +23,8 @@ LARGEST_FOLDED_BYTES = 64 * 1024
 
 
 class ConstantFolding:
-    """Replaces nodes whose inputs are all constant by their result, and a weight's transposition by a transposed weight."""
+    """Replaces nodes whose inputs are all constant, or that take sizes which are known, by their result, and a weight's
+    transposition by a transposed weight."""
 
     name = "constant-folding"
 
@@ -32,8 +34,11 @@ class ConstantFolding:
                 continue  # a graph output needs a node that writes it
             if _transposes_a_weight(node, weights):
                 yield Rewrite(node.name, module_of(node.name), partial(_transpose, node, weights))
-            elif _is_foldable(node, weights) and (folded := evaluate(node)) is not None:
+            elif (sizes := known_sizes(node)) is not None:
+                folded = numpy_helper.from_array(sizes, node.outputs[0].name)
                 yield Rewrite(node.name, module_of(node.name), partial(_fold, node, folded))
+            elif _is_foldable(node, weights) and (value := evaluate(node)) is not None:
+                yield Rewrite(node.name, module_of(node.name), partial(_fold, node, value))
 
     def why_not(self, graph: gs.Graph, weights: dict[str, Recipe], node: gs.Node) -> str:
         """Why a node stays."""

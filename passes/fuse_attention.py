@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -9,7 +10,15 @@ import onnx_graphsurgeon as gs
 
 from moecompiler.graph import module_of, node_name
 from moecompiler.ops import OpSpec
-from moecompiler.passes.attention_patterns import along_axis, halves_differ, heads, heads_shape, permutes, rotated
+from moecompiler.passes.attention_patterns import (
+    along_axis,
+    halves_differ,
+    heads,
+    heads_shape,
+    permutes,
+    rotated,
+    writes_cache,
+)
 from moecompiler.passes.pattern import (
     Const,
     Match,
@@ -69,9 +78,12 @@ class FuseAttention(PatternPass):
 
     name = "fuse-attention"
     modules = r"(.+\.)?self_attn"
-    op_names = ("Attention",)
+    op_names = ("Attention", "ContextAttention")
     pattern = Op("Reshape", (Op("Transpose", (Op("Reshape", (_MIXED,)),), test=permutes(0, 2, 1, 3)),), name="output")
     ops: ClassVar[tuple[OpSpec, ...]] = (ATTENTION,)
+
+    def expects(self, nodes: Sequence[gs.Node]) -> bool:
+        return writes_cache(nodes)
 
     def check(self, found: Match, graph: gs.Graph, weights: dict[str, Recipe]) -> str | None:
         kept = (

@@ -7,7 +7,7 @@ that do not matter (casts). ``match`` finds the bindings, or says how far it cam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +17,9 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 _LARGEST_CONSTANT = 1 << 20  # elements; anything larger is a weight, which is never read
 
-_SIDE_STEPS = 4  # how many nodes a side path (the shape of an inner tensor) may have before it is back in the match
+# How many nodes a side path (the shape of an inner tensor) may have before it is back in the match: torch's tracing exporter
+# spends nine on the shape of an ``expand``.
+_SIDE_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Through:
 
 Pattern = Var | Const | Op | OneOf | Through
 
+VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten")  # the same elements in the same order, by another shape
+
 
 @dataclass(frozen=True)
 class Match:
@@ -103,6 +107,13 @@ def match(pattern: Op, node: gs.Node, miss: Miss) -> Match | None:
 def match_tensor(pattern: Pattern, tensor: gs.Tensor, miss: Miss) -> Match | None:
     """The first match of what computes ``tensor``."""
     return next(_match_tensor(pattern, tensor, Match(), miss), None)
+
+
+def match_all(pairs: Sequence[tuple[Pattern, gs.Tensor]], miss: Miss, so_far: Match | None = None) -> Match | None:
+    """The first match of what computes several tensors, in which a name stands for the same everywhere and for what it does in
+    ``so_far``, if it is there."""
+    patterns, tensors = zip(*pairs, strict=True)
+    return next(_match_inputs(patterns, list(tensors), so_far or Match(), miss), None)
 
 
 def _match_node(pattern: Op, node: gs.Node, so_far: Match, miss: Miss) -> Iterator[Match]:
@@ -200,7 +211,10 @@ def escaping(found: Match, graph: gs.Graph, kept: tuple[gs.Tensor, ...]) -> str 
             return True
         if not steps or not all(id(each) not in outputs and each.outputs for each in node.outputs):
             return False
-        return all(stays(reader, steps - 1) for each in node.outputs for reader in each.outputs)
+        if all(stays(reader, steps - 1) for each in node.outputs for reader in each.outputs):
+            inside.add(id(node))
+            return True
+        return False
 
     for node in found.nodes:
         for tensor in node.outputs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import ClassVar
 
@@ -21,7 +21,7 @@ class PatternPass:
 
     ``check`` says why a match is not one after all, or None; ``replace`` rewrites it. ``modules`` is a regular expression for
     the HF modules in each of which one of ``op_names`` must stand afterwards; a graph that does not say where its nodes come
-    from is expected to match nowhere in particular.
+    from is expected to match nowhere in particular. ``expects`` may say of such a module that it is of another kind.
     """
 
     name: str
@@ -40,6 +40,10 @@ class PatternPass:
     def replace(self, found: Match, graph: gs.Graph, weights: dict[str, Recipe]) -> str:
         """Rewrites a match; returns what was done, in words."""
         raise TypeError(f"{type(self).__name__} has no replace")
+
+    def expects(self, nodes: Sequence[gs.Node]) -> bool:
+        """Whether this pass, and no other of those that look at such a module, should match in the one with these nodes."""
+        return True
 
     def rewrites(self, graph: gs.Graph, weights: dict[str, Recipe]) -> Iterator[Rewrite]:
         for node in list(graph.nodes):
@@ -64,7 +68,8 @@ class PatternPass:
                     members.setdefault(module, []).append(node)
         result = []
         for module, nodes in members.items():
-            if not any(node.domain == DOMAIN and node.op in self.op_names for node in nodes):
+            done = any(node.domain == DOMAIN and node.op in self.op_names for node in nodes)
+            if not done and self.expects(nodes):
                 miss = self.nearest_miss(graph, weights, nodes)
                 where = miss.node.name if miss.node is not None else module
                 result.append(Missed(module, max(0, miss.depth), where, miss.reason))

@@ -97,10 +97,22 @@ _GIVEN_MASK = """
     masked = Add(scores, wide_mask)
 """
 
+_SHARES = """
+    shares = Softmax<axis = -1>(masked)
+"""
+
+# A given mask may hide everything from a query (padding on the left, say): then it gets 0, as in torch's
+# scaled_dot_product_attention. A causal mask never does.
+_GUARDED_SHARES = """
+    exact_shares = Softmax<axis = -1>(masked)
+    undefined = IsNaN(exact_shares)
+    no_share = Constant<value_float = 0.0>()
+    shares = Where(undefined, no_share, exact_shares)
+"""
+
 
 def _mixed(values: str) -> str:
     return f"""
-    shares = Softmax<axis = -1>(masked)
     weights = CastLike(shares, query)
     weights_shape = Concat<axis = 0>(copy, copy, rest, capacity)
     weight_rows = Reshape(weights, weights_shape)
@@ -133,7 +145,7 @@ ATTENTION = OpSpec(
         Value("present_value", _CACHE),
     ),
     attributes={"num_heads": int, "num_kv_heads": int, "scale": float, "window": int},
-    body=_HEADS + _CACHE_UPDATE + _scores("present_key") + _CAUSAL + _mixed("present_value"),
+    body=_HEADS + _CACHE_UPDATE + _scores("present_key") + _CAUSAL + _SHARES + _mixed("present_value"),
 )
 
 CONTEXT_ATTENTION = OpSpec(
@@ -148,5 +160,5 @@ CONTEXT_ATTENTION = OpSpec(
     ),
     outputs=(Value("output", ("batch", "sequence", "query_size")),),
     attributes={"num_heads": int, "num_kv_heads": int, "scale": float},
-    body=_HEADS + _scores("key_rotated") + _GIVEN_MASK + _mixed("value_heads"),
+    body=_HEADS + _scores("key_rotated") + _GIVEN_MASK + _GUARDED_SHARES + _mixed("value_heads"),
 )
