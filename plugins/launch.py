@@ -2,8 +2,9 @@
 
 An op's folder has ``kernels.py``, Triton functions only, and ``launch.py``, whose ``tactics(op, attributes, dims, dtype, sm)``
 says which ways there are to compute the op (``dims``: the inputs' shapes as far as the build knows them, -1 for what it does not;
-``dtype``: ``float16``, ``bfloat16`` or ``float32``). ``compile.py`` makes a ``Cubin`` of each ``Kernel``, for any SM, without a GPU;
-``driver.py`` loads and launches them. Nothing here or in a plan needs Triton, so running an engine does not either.
+``dtype``: ``float16``, ``bfloat16`` or ``float32``), none where only the op's body can. ``compile.py`` makes a ``Cubin`` of each
+``Kernel``, for any SM, without a GPU; ``driver.py`` loads and launches them. Nothing here or in a plan needs Triton, so running
+an engine does not either.
 
 Triton's kernels take two hidden pointers after their own arguments: global scratch, of ``Cubin.scratch`` bytes per program of
 the grid (null where that is 0), and a profiler's (always null).
