@@ -2,29 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moecompiler.graph import Program
+from moecompiler.plugin_switches import PluginSwitches
 from moecompiler.weights import TensorReader
 
 if TYPE_CHECKING:
+    import onnx
+
     from moecompiler.runtime.session import StageSession
 
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """The largest request an engine takes, in sequences and tokens, and the size of its vocabulary."""
+    """The largest request an engine takes, in sequences and tokens, and the size of its vocabulary. ``max_num_tokens``: the
+    most tokens of one step, padding included; a session splits a longer prefill by sequences. None: no limit of its own."""
 
     max_batch_size: int
     max_input_len: int
     max_seq_len: int
     vocab_size: int
+    max_num_tokens: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """What an engine is built for. ``moe_weights``: ``external`` binds expert weights when the engine runs, ``engine`` bakes
+    them into it, ``auto`` leaves it to the backend."""
+
+    limits: EngineLimits
+    plugins: PluginSwitches = field(default_factory=PluginSwitches)
+    moe_weights: str = "auto"
+
+
+class PluginLibrary(Protocol):
+    """The plugins that a backend may use; made in ``plugins``, which backends do not know."""
+
+    def refusal(self, node: onnx.NodeProto, dtype: str) -> str | None:
+        """Why no plugin can stand for this node; None where one can."""
+
+    def aliases(self, op_type: str) -> Mapping[int, int]:
+        """Outputs of an op's plugin that are written in place of an input: index of the output → index of the input."""
+
+    def register(self) -> None:
+        """Makes the plugins known to the backend's library, once per process."""
 
 
 class Backend(Protocol):
@@ -35,16 +63,35 @@ class Backend(Protocol):
     def version(self) -> str:
         """Which library, in which version, makes the engines."""
 
-    def notes(self, dtype: str) -> list[str]:
-        """What a user should know of how this backend computes ``dtype``, one line each."""
+    def header(self) -> dict[str, Any]:
+        """What else the manifest says of where engines were made and may run: a GPU's architecture, its driver."""
+
+    def notes(self, dtype: str, settings: BuildSettings) -> list[str]:
+        """What a user should know of how this backend computes ``dtype`` with these settings, one line each.
+
+        Raises: UserError where it cannot build with them.
+        """
+
+    def identity(self, settings: BuildSettings) -> dict[str, Any]:
+        """What of the settings and of this machine an engine's files depend on."""
 
     def compute_dtype(self, dtype: str) -> str:
         """The dtype an engine of ``dtype`` computes in."""
 
     def build(
-        self, program: Program, reader: TensorReader, stem: str, directory: Path, progress: Callable[[float], None]
+        self,
+        program: Program,
+        reader: TensorReader,
+        stem: str,
+        directory: Path,
+        settings: BuildSettings,
+        progress: Callable[[float], None],
     ) -> dict[str, Path]:
         """Makes a rank's engine files in ``directory`` under temporary names (``.tmp-…``): final name → temporary path."""
 
-    def load(self, directory: Path, stem: str, limits: EngineLimits, threads: int) -> StageSession:
-        """Loads a rank's engine; ``threads`` of the CPU for it (0: as many as there are)."""
+    def load(self, directory: Path, stem: str, limits: EngineLimits, threads: int, device: int = 0) -> StageSession:
+        """Loads a rank's engine; ``threads`` of the CPU for it (0: as many as there are); ``device``: which GPU, counted
+        round where there are fewer.
+
+        Raises: UserError where it cannot run here.
+        """
