@@ -20,7 +20,7 @@ from checkpoints import published_weights, random_model, tiny_config
 from readers import ArrayReader
 from tokenizers import Tokenizer
 
-from moecompiler.backends.base import EngineLimits
+from moecompiler.backends.base import BuildSettings, EngineLimits
 from moecompiler.backends.onnxruntime import OnnxRuntimeBackend
 from moecompiler.checkpoint import open_checkpoint
 from moecompiler.config import ExportOptions, ModelConfig, load_config, parse_config
@@ -28,7 +28,7 @@ from moecompiler.export import export_rank, with_recipes
 from moecompiler.graph import Program
 from moecompiler.mapping import Mapping
 from moecompiler.model import Cache, RankModule
-from moecompiler.passes.pipelines import find_pipeline
+from moecompiler.passes.pipelines import named_pipelines
 from moecompiler.pipeline import run_passes
 from moecompiler.reference import empty_caches, load_rank_module, to_numpy
 from moecompiler.runtime.communicator import Communicator
@@ -208,7 +208,7 @@ class Programs:
         """The program after the ``optimize`` pipeline."""
         key = (config, mapping, rank, options)
         if key not in self._programs:
-            self._programs[key] = run_passes(find_pipeline("optimize"), self.exported(*key))[0]
+            self._programs[key] = run_passes(named_pipelines()["ootb"], self.exported(*key))[0]
         return self._programs[key]
 
     def engines(
@@ -230,7 +230,7 @@ def build_and_load(programs: Sequence[Program], subject: Subject, directory: Pat
     backend = OnnxRuntimeBackend()
     limits = EngineLimits(3, MAX_SEQ_LEN, MAX_SEQ_LEN, subject.config.vocab_size)
     for rank, program in enumerate(programs):
-        built = backend.build(program, subject.reader, f"rank{rank}", directory, lambda fraction: None)
+        built = backend.build(program, subject.reader, f"rank{rank}", directory, BuildSettings(limits), lambda fraction: None)
         for name, temporary in built.items():
             os.replace(temporary, directory / name)
     return [backend.load(directory, f"rank{rank}", limits, threads=1) for rank in range(len(programs))]

@@ -15,7 +15,6 @@ import typer
 
 from moecompiler.artifact import Artifact
 from moecompiler.backends.base import EngineLimits
-from moecompiler.backends.choose import find_backend
 from moecompiler.errors import UserError
 from moecompiler.runtime.communicator import Communicator, on_one_rank
 from moecompiler.runtime.generation import Generation, GenerationOptions, check_request, generate
@@ -26,6 +25,7 @@ from moecompiler.runtime.sampling import SamplingOptions
 from moecompiler.runtime.session import StageSession
 from moecompiler.runtime.threads import run_in_threads
 from moecompiler.tools import options as opt
+from moecompiler.tools.backend import open_backend
 from moecompiler.tools.job import Job
 from moecompiler.tools.launched import run_launched
 from moecompiler.tools.printing import TextPrinter, summary_line
@@ -169,8 +169,9 @@ def run_rank(request: Request, communicator: Communicator) -> Generation:
 def load_rank(artifact: Artifact, rank: int, threads: int, check_hashes: bool) -> StageSession:
     """This rank's engine, its files checked first."""
     artifact.check([rank], hashes=check_hashes)
-    backend = find_backend(artifact.header["backend"])
-    return backend.load(artifact.directory, f"rank{rank}", EngineLimits(**artifact.header["limits"]), threads)
+    backend = open_backend(artifact.header["backend"])
+    limits = EngineLimits(**artifact.header["limits"])
+    return backend.load(artifact.directory, f"rank{rank}", limits, threads, device=rank)
 
 
 def share_of_cores(communicator: Communicator) -> int:

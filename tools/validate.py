@@ -16,12 +16,12 @@ from rich.table import Table
 
 from moecompiler.artifact import Artifact
 from moecompiler.backends.base import EngineLimits
-from moecompiler.backends.choose import find_backend
 from moecompiler.errors import UserError
 from moecompiler.runtime.communicator import Communicator
 from moecompiler.runtime.mpi import world
 from moecompiler.runtime.threads import run_in_threads
 from moecompiler.tools import options as opt
+from moecompiler.tools.backend import open_backend
 from moecompiler.tools.job import Job
 from moecompiler.tools.launched import run_launched
 from moecompiler.tools.run import together
@@ -114,7 +114,7 @@ def validate_with(request: Request, artifact: Artifact, communicator: Communicat
     scenarios = [random_scenario(limits, request.seed)]
     if real := text_scenario(request.text_ids, limits, request.tokens):
         scenarios.append(real)
-    backend = find_backend(artifact.header["backend"])
+    backend = open_backend(artifact.header["backend"])
     return validate_rank(
         artifact,
         RankPlace(job.model, job.mapping, job.export, communicator.rank),

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from moecompiler.backends.base import Backend
+from moecompiler.backends.base import Backend, PluginLibrary
 from moecompiler.errors import UserError
 
 
 def backend_names() -> tuple[str, ...]:
-    return ("onnxruntime",)
+    return ("onnxruntime", "tensorrt")
 
 
-def find_backend(name: str) -> Backend:
-    """Imports a backend's library only when it is asked for. Raises UserError where there is no such backend."""
+def find_backend(name: str, plugins: PluginLibrary | None = None) -> Backend:
+    """Imports a backend's library only when it is asked for; ``plugins``: what a backend with plugins may use.
+
+    Raises: UserError where there is no such backend, or its library is not there.
+    """
     if name == "onnxruntime":
         from moecompiler.backends.onnxruntime import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend()
+    if name == "tensorrt":
+        from moecompiler.backends.tensorrt import TensorRTBackend
+
+        return TensorRTBackend(plugins)
     raise UserError(f"--backend {name}: there is none of that name; choose from {', '.join(backend_names())}")

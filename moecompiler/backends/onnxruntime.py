@@ -8,14 +8,16 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 
 from moecompiler.atomic import temporary_path
-from moecompiler.backends.base import EngineLimits
+from moecompiler.backends.base import BuildSettings, EngineLimits
 from moecompiler.backends.onnxruntime_lowering import lower
+from moecompiler.errors import UserError
 from moecompiler.graph import Program, packed_tensors, point_weights_at
 from moecompiler.runtime.communicator import current_communicator
 from moecompiler.safetensors_file import write
@@ -34,8 +36,19 @@ class OnnxRuntimeBackend:
     def version(self) -> str:
         return f"onnxruntime {onnxruntime.__version__}"
 
-    def notes(self, dtype: str) -> list[str]:
-        """What a user should know of how a dtype is computed."""
+    def header(self) -> dict[str, Any]:
+        return {}
+
+    def identity(self, settings: BuildSettings) -> dict[str, Any]:
+        return {}
+
+    def notes(self, dtype: str, settings: BuildSettings) -> list[str]:
+        """What a user should know of how a dtype is computed. Raises: UserError where plugins are insisted on."""
+        if settings.plugins.insists:
+            raise UserError(
+                f"--plugins {settings.plugins}: backend onnxruntime has no plugins and runs every op's body;"
+                " leave plugins at auto, or give --backend tensorrt"
+            )
         if dtype == "bfloat16":
             return ["ONNX Runtime's CPU provider has few bfloat16 kernels: computes in float32 from bfloat16 weights"]
         return []
@@ -44,7 +57,13 @@ class OnnxRuntimeBackend:
         return "float32" if dtype == "bfloat16" else dtype
 
     def build(
-        self, program: Program, reader: TensorReader, stem: str, directory: Path, progress: Callable[[float], None]
+        self,
+        program: Program,
+        reader: TensorReader,
+        stem: str,
+        directory: Path,
+        settings: BuildSettings,
+        progress: Callable[[float], None],
     ) -> dict[str, Path]:
         """Writes ``stem.onnx`` and ``stem.safetensors`` under temporary names; one weight is in memory at a time."""
         model_name, weights_name = f"{stem}.onnx", f"{stem}.safetensors"
@@ -68,23 +87,26 @@ class OnnxRuntimeBackend:
         staged[model_name].write_bytes(model.SerializeToString(deterministic=True))
         return staged
 
-    def load(self, directory: Path, stem: str, limits: EngineLimits, threads: int) -> OnnxRuntimeSession:
+    def load(
+        self, directory: Path, stem: str, limits: EngineLimits, threads: int, device: int = 0
+    ) -> OnnxRuntimeSession:
         return OnnxRuntimeSession(open_session(directory / f"{stem}.onnx", threads), limits)
 
 
 def open_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
     """Loads an engine file; collectives go through the communicator of the thread that runs it."""
-    return _open(str(path), onnxruntime.SessionOptions(), threads)
+    return open_model(str(path), onnxruntime.SessionOptions(), threads)
 
 
 def open_part(model: onnx.ModelProto, directory: Path, threads: int = 0) -> onnxruntime.InferenceSession:
     """Loads a part of an engine file; its weights stay where they are, in ``directory``."""
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
-    return _open(model.SerializeToString(), options, threads)
+    return open_model(model.SerializeToString(), options, threads)
 
 
-def _open(model: str | bytes, options: onnxruntime.SessionOptions, threads: int) -> onnxruntime.InferenceSession:
+def open_model(model: str | bytes, options: onnxruntime.SessionOptions, threads: int) -> onnxruntime.InferenceSession:
+    """Loads a lowered model, a file's path or a file's bytes, with our operators."""
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     with _ONE_AT_A_TIME:

@@ -11,7 +11,7 @@ from onnx import TensorProto, numpy_helper
 from programs import GRID, MAX_SEQ_LEN, Passage, Programs, Subject, largest_error, run_ranks, torch_sessions
 from safetensors.numpy import load_file
 
-from moecompiler.backends.base import EngineLimits
+from moecompiler.backends.base import BuildSettings, EngineLimits
 from moecompiler.backends.choose import backend_names, find_backend
 from moecompiler.backends.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeSession
 from moecompiler.backends.onnxruntime_lowering import lower
@@ -20,6 +20,7 @@ from moecompiler.errors import UserError
 from moecompiler.graph import module_of
 from moecompiler.weights import materialize
 
+SETTINGS = BuildSettings(EngineLimits(3, MAX_SEQ_LEN, MAX_SEQ_LEN, 1536))
 ALONE = GRID["one-rank"]
 # The largest error of a logit (they span 36) against torch modules of the same weights; measured: 1e-5, 1e-5 and 0.02,
 # which would be 0.1 if a token were routed differently.
@@ -94,7 +95,7 @@ def test_files(dtype: str, programs: Programs, shipped: Subject, tmp_path: Path)
     share of the checkpoint in the engine's dtype; progress runs from 0 to 1."""
     program = programs.optimized(shipped.config, GRID["ep2-pp2"], 3, options(dtype))
     told: list[float] = []
-    staged = OnnxRuntimeBackend().build(program, shipped.reader, "rank3", tmp_path, told.append)
+    staged = OnnxRuntimeBackend().build(program, shipped.reader, "rank3", tmp_path, SETTINGS, told.append)
     assert set(staged) == {"rank3.onnx", "rank3.safetensors"}
     assert sorted(tmp_path.iterdir()) == sorted(staged.values())
     assert all(path.name.startswith(".tmp-") for path in staged.values())
@@ -114,7 +115,7 @@ def test_the_same_program_gives_the_same_files(programs: Programs, shipped: Subj
     for directory in (tmp_path / "one", tmp_path / "two"):
         directory.mkdir()
         program = programs.optimized(shipped.config, ALONE, 0, options("bfloat16"))
-        staged = OnnxRuntimeBackend().build(program, shipped.reader, "rank0", directory, lambda fraction: None)
+        staged = OnnxRuntimeBackend().build(program, shipped.reader, "rank0", directory, SETTINGS, lambda fraction: None)
         contents.append({name: path.read_bytes() for name, path in staged.items()})
     assert contents[0] == contents[1]
 
@@ -149,8 +150,8 @@ def test_compute_dtype_is_said() -> None:
     """Only bfloat16 is widened, and there is a note about it."""
     backend = OnnxRuntimeBackend()
     assert [backend.compute_dtype(dtype) for dtype in BOUNDS] == ["float32", "float32", "float16"]
-    assert [len(backend.notes(dtype)) for dtype in BOUNDS] == [0, 1, 0]
-    assert "float32" in backend.notes("bfloat16")[0]
+    assert [len(backend.notes(dtype, SETTINGS)) for dtype in BOUNDS] == [0, 1, 0]
+    assert "float32" in backend.notes("bfloat16", SETTINGS)[0]
     assert re.fullmatch(r"onnxruntime \d+\.\d+.*", backend.version())
 
 
@@ -166,7 +167,7 @@ def test_an_engine_of_hidden_states(programs: Programs, shipped: Subject, tmp_pa
     mapping = GRID["pp2"]
     program = programs.optimized(shipped.config, mapping, 1, options("float16"))
     backend = OnnxRuntimeBackend()
-    for name, path in backend.build(program, shipped.reader, "rank1", tmp_path, lambda fraction: None).items():
+    for name, path in backend.build(program, shipped.reader, "rank1", tmp_path, SETTINGS, lambda fraction: None).items():
         path.rename(tmp_path / name)
     session = backend.load(tmp_path, "rank1", EngineLimits(2, 7, 9, 1536), threads=1)
     assert (session.max_batch_size, session.max_input_len, session.max_seq_len) == (2, 7, 9)

@@ -1,0 +1,182 @@
+"""Backend ``tensorrt``: engines are TensorRT plans, fused ops are plugins whose kernels the plans carry."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moecompiler.atomic import temporary_path
+from moecompiler.backends.base import BuildSettings, EngineLimits, PluginLibrary
+from moecompiler.backends.tensorrt_profiles import prefill_rows, profiles
+from moecompiler.backends.tensorrt_program import Prepared, prepare, serialized
+from moecompiler.backends.tensorrt_record import Made, Record, check_fits
+from moecompiler.errors import UserError
+from moecompiler.graph import Program, packed_tensors
+from moecompiler.safetensors_file import write
+from moecompiler.weights import Recipe, TensorReader, materialize
+
+if TYPE_CHECKING:
+    from moecompiler.backends.tensorrt_session import TensorRTSession
+
+_WEIGHTS_SHARE = 0.3  # of a build's progress, the rest is the builder's
+_DTYPES = {1: "float32", 10: "float16", 16: "bfloat16"}  # onnx.TensorProto.DataType
+
+
+class TensorRTBackend:
+    """See ``base.Backend``. TensorRT is imported, and a GPU looked for, when one of its methods is called."""
+
+    name = "tensorrt"
+
+    def __init__(self, plugins: PluginLibrary | None):
+        self._plugins = plugins
+
+    @cached_property
+    def _made(self) -> Made:
+        from moecompiler.runtime.device import Device
+
+        version = import_tensorrt().__version__
+        info = Device().info()
+        return Made(version, info.sm, info.name, info.driver)
+
+    def version(self) -> str:
+        return f"tensorrt {self._made.tensorrt}"
+
+    def header(self) -> dict[str, Any]:
+        return {"made": asdict(self._made)}
+
+    def notes(self, dtype: str, settings: BuildSettings) -> list[str]:
+        """Nothing to say; raises UserError where there is no TensorRT or no GPU here."""
+        assert self._made
+        return []
+
+    def identity(self, settings: BuildSettings) -> dict[str, Any]:
+        return asdict(self._made) | {
+            "limits": settings.limits.to_json(),
+            "plugins": str(settings.plugins),
+            "moe_weights": settings.moe_weights,
+        }
+
+    def compute_dtype(self, dtype: str) -> str:
+        return dtype
+
+    def build(
+        self,
+        program: Program,
+        reader: TensorReader,
+        stem: str,
+        directory: Path,
+        settings: BuildSettings,
+        progress: Callable[[float], None],
+    ) -> dict[str, Path]:
+        """Writes ``stem.plan``, ``stem.engine.json`` (``Record``), ``stem.layers.json`` (the inspector's), ``stem.timing`` (for
+        later builds), ``stem.onnx`` (what the parser read, weights by reference), and, with external expert weights,
+        ``stem.safetensors``."""
+        from moecompiler.backends.tensorrt_build import build_plan
+
+        library = self._library()
+        prepared = prepare(program, settings, _dtype_of(program), library)
+        if prepared.plugins:
+            library.register()
+        names = ["plan", "engine.json", "layers.json", "timing", "onnx", *(["safetensors"] if prepared.bound else [])]
+        staged = {f"{stem}.{name}": temporary_path(directory / f"{stem}.{name}") for name in names}
+        baked = temporary_path(directory / f"{stem}.baked")
+        try:
+            _write_weights(prepared, reader, baked, staged.get(f"{stem}.safetensors"), progress)
+            model = prepared.program.model
+            staged[f"{stem}.onnx"].write_bytes(serialized(prepared, baked.name))
+            plan = build_plan(
+                staged[f"{stem}.onnx"],
+                profiles(model.graph.input, settings.limits),
+                [node.name for node in program.model.graph.node],
+                [path.read_bytes() for path in sorted(directory.glob("*.timing"))],
+                bool(prepared.aliases),
+                lambda fraction: progress(_WEIGHTS_SHARE + (1 - _WEIGHTS_SHARE) * fraction),
+            )
+        finally:
+            baked.unlink(missing_ok=True)
+        record = Record(
+            self._made,
+            prefill_rows(settings.limits),
+            tuple(prepared.bound),
+            dict(prepared.plugins),
+            dict(prepared.aliases),
+        )
+        staged[f"{stem}.plan"].write_bytes(plan.data)
+        staged[f"{stem}.engine.json"].write_text(
+            json.dumps(record.to_json() | {"notes": list(prepared.notes)}, indent=1)
+        )
+        staged[f"{stem}.layers.json"].write_text(plan.layers)
+        staged[f"{stem}.timing"].write_bytes(plan.timing)
+        return staged
+
+    def load(self, directory: Path, stem: str, limits: EngineLimits, threads: int, device: int = 0) -> TensorRTSession:
+        """See ``base.Backend``; the caller has compared the plan's hash with the manifest's."""
+        from moecompiler.runtime.device import Device
+
+        record = Record.load(directory / f"{stem}.engine.json")
+        here = Device(device)
+        info = here.info()
+        check_fits(record.made, Made(import_tensorrt().__version__, info.sm, info.name, info.driver), directory)
+        if record.plugins:
+            self._library().register()
+        from moecompiler.backends.tensorrt_session import TensorRTSession
+
+        return TensorRTSession(directory, stem, record, limits, here)
+
+    def _library(self) -> PluginLibrary:
+        if self._plugins is None:
+            raise ValueError("backend tensorrt was made without a plugin library")
+        return self._plugins
+
+
+def import_tensorrt() -> Any:
+    """The module. Raises: UserError where it is not installed, or does not load."""
+    try:
+        import tensorrt
+    except ImportError as error:
+        if error.name == "tensorrt":
+            raise UserError("TensorRT is not installed: pip install 'moecompiler[tensorrt]'") from None
+        raise UserError(f"TensorRT does not load ({error}): pip install 'moecompiler[tensorrt]'") from None
+    return tensorrt
+
+
+def _dtype_of(program: Program) -> str:
+    """The floating-point type of the graph: its caches'."""
+    for value in program.model.graph.input:
+        if dtype := _DTYPES.get(value.type.tensor_type.elem_type):
+            return dtype
+    return "float32"
+
+
+def _write_weights(
+    prepared: Prepared,
+    reader: TensorReader,
+    baked: Path,
+    bound: Path | None,
+    progress: Callable[[float], None],
+) -> None:
+    """Baked weights go to a file that the parser maps, bound ones to the file they are bound from; one is in memory at a time."""
+    parts: list[tuple[Path, Mapping[str, Recipe]]] = [(baked, prepared.program.weights)]
+    if bound is not None:
+        parts.append((bound, prepared.bound))
+    total = max(1, sum(recipe.nbytes for _, recipes in parts for recipe in recipes.values()))
+    written = 0
+
+    def advance(count: int) -> None:
+        nonlocal written
+        written += count
+        progress(_WEIGHTS_SHARE * min(1.0, written / total))
+
+    for path, recipes in parts:
+        tensors = packed_tensors(Program(prepared.program.model, recipes))
+        write(path, tensors, partial(_materialize, recipes, reader), advance)
+
+
+def _materialize(recipes: Mapping[str, Recipe], reader: TensorReader, name: str) -> np.ndarray:
+    return materialize(recipes[name], reader)

@@ -1,0 +1,161 @@
+"""What a program becomes before TensorRT's parser reads it: which nodes are plugins, and which weights are bound at run time.
+
+Pure: graph in, graph out, without TensorRT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from moecompiler.backends.base import BuildSettings, PluginLibrary
+from moecompiler.errors import UserError
+from moecompiler.graph import DOMAIN, Program, point_weights_at
+from moecompiler.ops import VERSION
+from moecompiler.plugin_switches import Mode, PluginSwitches
+from moecompiler.weights import NUMPY_DTYPES, Recipe
+
+LARGE = 1 << 30  # bytes of expert weights from which on they stay out of the plan, unless told otherwise
+BODY_SUFFIX = "Body"  # of an op whose function is kept beside nodes of the op that are plugins
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """``program``: what the parser reads, its weights those that are baked in; ``bound``: weights that are engine inputs of the
+    same name. ``plugins``: names of the nodes that are plugins, with their ops. ``aliases``: tensors that are written in place
+    of an input: output → input. ``notes``: what was asked for and is not so."""
+
+    program: Program
+    bound: Mapping[str, Recipe]
+    plugins: Mapping[str, str]
+    aliases: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+
+def prepare(program: Program, settings: BuildSettings, dtype: str, library: PluginLibrary) -> Prepared:
+    """Raises: UserError where a plugin is insisted on and there is none that fits, or an op has neither plugin nor body."""
+    model = onnx.ModelProto()
+    model.CopyFrom(program.model)
+    chosen, notes = choose_plugins(model, settings.plugins, dtype, library)
+    mark_plugins(model, chosen)
+    weights = inline_literals(model, program.weights)
+    bound = {} if not binds_experts(settings, weights) else {n: r for n, r in weights.items() if is_expert(n, r)}
+    make_inputs(model, bound)
+    baked = {name: recipe for name, recipe in weights.items() if name not in bound}
+    return Prepared(Program(model, baked), bound, chosen, find_aliases(model, chosen, library), tuple(notes))
+
+
+def choose_plugins(
+    model: onnx.ModelProto, switches: PluginSwitches, dtype: str, library: PluginLibrary
+) -> tuple[dict[str, str], list[str]]:
+    """Names and ops of the nodes that are to be plugins, and notes.
+
+    Raises: UserError where that cannot be.
+    """
+    bodies = {function.name for function in model.functions if function.domain == DOMAIN}
+    ours = [node for node in model.graph.node if node.domain == DOMAIN]
+    chosen: dict[str, str] = {}
+    notes: dict[str, None] = {}
+    for node in ours:
+        mode = switches.mode(node.op_type, node.name)
+        if mode is Mode.OFF and node.op_type in bodies:
+            continue
+        refusal = library.refusal(node, dtype)
+        if refusal is None:
+            chosen[node.name] = node.op_type
+        elif node.op_type not in bodies:
+            raise UserError(f"{node.name}: backend tensorrt cannot run {node.op_type}: {refusal}")
+        elif mode is Mode.ON:
+            raise UserError(f"--plugins {switches}: {node.name} ({node.op_type}) cannot be a plugin: {refusal}")
+        else:
+            notes[f"{node.op_type} runs as its plain operators: {refusal}"] = None
+    for rule in switches.unused((node.op_type, node.name) for node in ours):
+        notes[f"--plugins {rule} fits no node of the graph"] = None
+    if switches.insists and not ours:
+        raise UserError(
+            f"--plugins {switches}: the graph has no fused ops to be plugins; compile with --pipeline plugins"
+        )
+    return chosen, list(notes)
+
+
+def mark_plugins(model: onnx.ModelProto, chosen: Mapping[str, str]) -> None:
+    """Chosen nodes lose their function, so that the parser looks them up among the plugins.
+
+    The parser inlines every node that has a function of its name; where an op is a plugin in one place and not in another,
+    the others get its function under another name.
+    """
+    plugin_ops = set(chosen.values())
+    rest = {node.op_type for node in model.graph.node if node.domain == DOMAIN and node.name not in chosen}
+    for node in model.graph.node:
+        if node.domain != DOMAIN:
+            continue
+        if node.name in chosen:
+            node.attribute.append(helper.make_attribute("plugin_namespace", DOMAIN))
+            node.attribute.append(helper.make_attribute("plugin_version", str(VERSION)))
+        elif node.op_type in plugin_ops:
+            node.op_type += BODY_SUFFIX
+    kept = []
+    for function in model.functions:
+        if function.domain == DOMAIN and function.name not in rest:
+            continue
+        if function.domain == DOMAIN and function.name in plugin_ops:
+            function.name += BODY_SUFFIX
+        kept.append(function)
+    functions = [onnx.FunctionProto.FromString(function.SerializeToString()) for function in kept]
+    del model.functions[:]
+    model.functions.extend(functions)
+
+
+def find_aliases(model: onnx.ModelProto, chosen: Mapping[str, str], library: PluginLibrary) -> dict[str, str]:
+    """Which outputs of the graph a plugin writes in place of an input of the graph."""
+    inputs = {value.name for value in model.graph.input}
+    outputs = {value.name for value in model.graph.output}
+    aliases = {}
+    for node in model.graph.node:
+        for output, source in library.aliases(node.op_type).items() if node.name in chosen else ():
+            if node.output[output] in outputs and node.input[source] in inputs:
+                aliases[node.output[output]] = node.input[source]
+    return aliases
+
+
+def inline_literals(model: onnx.ModelProto, weights: Mapping[str, Recipe]) -> dict[str, Recipe]:
+    """Puts what is not the checkpoint's (ids, offsets) into the graph; the recipes of the others."""
+    for index, tensor in enumerate(model.graph.initializer):
+        recipe = weights.get(tensor.name)
+        if recipe is not None and recipe.values is not None:
+            array = np.array(recipe.values, NUMPY_DTYPES[recipe.dtype]).reshape(recipe.shape)
+            model.graph.initializer[index].CopyFrom(numpy_helper.from_array(array, tensor.name))
+    return {name: recipe for name, recipe in weights.items() if recipe.values is None}
+
+
+def is_expert(name: str, recipe: Recipe) -> bool:
+    """Whether a weight holds experts, ``[experts, rows, columns]``."""
+    return ".experts." in name and len(recipe.shape) == 3
+
+
+def binds_experts(settings: BuildSettings, weights: Mapping[str, Recipe]) -> bool:
+    if settings.moe_weights != "auto":
+        return settings.moe_weights == "external"
+    return sum(recipe.nbytes for name, recipe in weights.items() if is_expert(name, recipe)) >= LARGE
+
+
+def make_inputs(model: onnx.ModelProto, bound: Mapping[str, Recipe]) -> None:
+    """Initializers become inputs of the graph."""
+    kept: list[TensorProto] = []
+    for tensor in model.graph.initializer:
+        if tensor.name in bound:
+            model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        else:
+            kept.append(tensor)
+    initializers = [TensorProto.FromString(tensor.SerializeToString()) for tensor in kept]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(initializers)
+
+
+def serialized(prepared: Prepared, weights_file: str) -> bytes:
+    """The ONNX file whose baked weights are in ``weights_file`` beside it."""
+    return point_weights_at(prepared.program, weights_file).model.SerializeToString(deterministic=True)

@@ -1,0 +1,205 @@
+"""Verb ``bench``: how fast engines are, for given batches and lengths."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise, product
+from pathlib import Path
+from statistics import median, quantiles
+from time import perf_counter
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from moecompiler.artifact import Artifact
+from moecompiler.errors import UserError
+from moecompiler.mapping import Mapping
+from moecompiler.runtime.communicator import Communicator
+from moecompiler.runtime.generation import GenerationOptions, check_request, generate
+from moecompiler.runtime.mpi import world
+from moecompiler.runtime.session import StageSession
+from moecompiler.runtime.threads import run_in_threads
+from moecompiler.tools import options as opt
+from moecompiler.tools.job import Job
+from moecompiler.tools.launched import run_launched
+from moecompiler.tools.run import load_rank, share_of_cores, together
+
+
+@dataclass(frozen=True)
+class Case:
+    """A request: sequences, and the tokens of each that go in and come out."""
+
+    batch_size: int
+    input_len: int
+    output_len: int
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Medians over runs: seconds up to the first tokens, seconds of a decode step (and the 90th percentile of all), decode
+    tokens per second over the batch, and tokens in and out per second of the whole."""
+
+    batch_size: int
+    input_len: int
+    output_len: int
+    time_to_first_token_s: float
+    step_s: float
+    step_p90_s: float
+    decode_tokens_per_s: float
+    total_tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of every rank."""
+
+    engine_dir: Path
+    cases: tuple[Case, ...]
+    runs: int
+    warmup: int
+    seed: int
+    threads: int
+    check_hashes: bool
+
+
+def bench(
+    engine_dir: opt.EngineDir,
+    batch_size: Annotated[str, typer.Option("--batch_size", help="Sequences at once; several: 1,8,32.")] = "1",
+    input_len: Annotated[str, typer.Option("--input_len", help="Tokens of a prompt; several: 128,2048.")] = "128",
+    output_len: Annotated[str, typer.Option("--output_len", help="Tokens to generate; several by commas.")] = "32",
+    runs: Annotated[int, typer.Option("--runs", min=1, help="How often each is measured.")] = 3,
+    warmup: Annotated[int, typer.Option("--warmup", min=0, help="How often each runs unmeasured first.")] = 1,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the prompts' random tokens.")] = 0,
+    threads: Annotated[int, typer.Option("--threads", help="CPU threads of each rank (0: cores shared out).")] = 0,
+    in_process: Annotated[bool, typer.Option("--in_process", help="All ranks as threads of this process.")] = False,
+    check_hashes: Annotated[
+        bool, typer.Option("--check_hashes/--no_check_hashes", help="Compare files with the manifest.")
+    ] = True,
+    output_json: Annotated[Path | None, typer.Option("--output_json", help="Also write the figures here.")] = None,
+    as_json: opt.Json = False,
+) -> int:
+    """Measure engines: time to first token, latency of a step, tokens per second; alone, or under `mpirun -n WORLD`."""
+    lists = [
+        _numbers(text, option)
+        for text, option in ((batch_size, "--batch_size"), (input_len, "--input_len"), (output_len, "--output_len"))
+    ]
+    cases = tuple(Case(*sizes) for sizes in product(*lists))
+    request = Request(engine_dir, cases, runs, warmup, seed, threads, check_hashes)
+    artifact = Artifact.open(engine_dir, ("engine",))
+    if in_process:
+        results = run_in_threads(artifact.world_size, lambda each: bench_rank(request, each))[0]
+        rank = 0
+    else:
+        communicator = world(os.environ)
+        results = run_launched(communicator, lambda: bench_rank(request, communicator))
+        rank = communicator.rank
+    if rank == 0:
+        _report(artifact, results, output_json, as_json)
+    return 0
+
+
+def bench_rank(request: Request, communicator: Communicator) -> list[Figures]:
+    """One rank's part. Raises: UserError, on every rank, where any rank cannot do what is asked."""
+    artifact = together(communicator, lambda: Artifact.open(request.engine_dir, ("engine",)))
+    job = Job.of(artifact)
+    if communicator.world_size != job.mapping.world_size:
+        raise UserError(
+            f"{request.engine_dir}: was compiled for {job.mapping.world_size} rank(s), but {communicator.world_size} run:"
+            f" start it with `mpirun -n {job.mapping.world_size}`, or with --in_process"
+        )
+    threads = request.threads or share_of_cores(communicator)
+    session = together(communicator, lambda: load_rank(artifact, communicator.rank, threads, request.check_hashes))
+    for case in request.cases:
+        _check_case(case, session, communicator, job.mapping)
+    return [_measure(case, request, session, communicator, job.mapping) for case in request.cases]
+
+
+def _check_case(case: Case, session: StageSession, communicator: Communicator, mapping: Mapping) -> None:
+    if case.batch_size > session.max_batch_size:
+        raise UserError(
+            f"--batch_size {case.batch_size}: the engine's max_batch_size is {session.max_batch_size}; compile with a larger"
+        )
+    check_request(session, communicator, mapping, [[0] * case.input_len], GenerationOptions(case.output_len))
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """When each step's tokens came."""
+
+    times: list[float]
+
+    def note(self, step: int, tokens: dict[int, int]) -> None:
+        self.times.append(perf_counter())
+
+
+def _measure(
+    case: Case, request: Request, session: StageSession, communicator: Communicator, mapping: Mapping
+) -> Figures:
+    """Runs a case ``warmup + runs`` times; no token ends a sequence early."""
+    rng = np.random.default_rng(request.seed)
+    prompts = rng.integers(0, session.vocab_size, (case.batch_size, case.input_len)).tolist()
+    options = GenerationOptions(case.output_len)
+    first: list[float] = []
+    whole: list[float] = []
+    steps: list[float] = []
+    for run in range(request.warmup + request.runs):
+        clock = _Clock([])
+        result = generate(session, communicator, mapping, prompts, options, clock.note)
+        if run >= request.warmup:
+            first.append(result.prefill_s)
+            whole.append(result.prefill_s + result.decode_s)
+            steps += [after - before for before, after in pairwise(clock.times)]
+    step = median(steps) if steps else 0.0
+    return Figures(
+        **asdict(case),
+        time_to_first_token_s=median(first),
+        step_s=step,
+        step_p90_s=quantiles(steps, n=10)[-1] if len(steps) > 1 else step,
+        decode_tokens_per_s=case.batch_size / step if step else 0.0,
+        total_tokens_per_s=case.batch_size * (case.input_len + case.output_len) / median(whole),
+    )
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    """``1,8,32``. Raises: UserError where it is no list of positive whole numbers."""
+    try:
+        numbers = [int(word) for word in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise UserError(f"{option} {text!r}: give whole numbers above 0, joined by commas")
+    return numbers
+
+
+def _report(artifact: Artifact, results: Sequence[Figures], output_json: Path | None, as_json: bool) -> None:
+    data: dict[str, Any] = {
+        "backend": artifact.header.get("backend"),
+        "runtime": artifact.header.get("runtime"),
+        "mapping": artifact.header["mapping"],
+        "dtype": artifact.header["export"]["dtype"],
+        "figures": [asdict(each) for each in results],
+    } | {key: artifact.header[key] for key in ("made",) if key in artifact.header}
+    if output_json is not None:
+        try:
+            output_json.write_text(json.dumps(data, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"--output_json {output_json}: cannot be written: {error.strerror}") from None
+    if as_json:
+        print(json.dumps(data, indent=2))
+        return
+    table = Table("batch", "in", "out", "first token, ms", "step, ms", "step p90, ms", "decode tok/s", "all tok/s")
+    for each in results:
+        times = (each.time_to_first_token_s, each.step_s, each.step_p90_s)
+        table.add_row(
+            *(str(size) for size in (each.batch_size, each.input_len, each.output_len)),
+            *(f"{seconds * 1e3:.3f}" for seconds in times),
+            f"{each.decode_tokens_per_s:.1f}",
+            f"{each.total_tokens_per_s:.1f}",
+        )
+    Console().print(table)
