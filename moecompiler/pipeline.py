@@ -59,8 +59,8 @@ class Pass(Protocol):
     """A rewriting step. The first paragraph of its class docstring says what it does; ``name`` is what the command line calls it.
 
     A pass may also have ``spec_of(node)``, the op of a node that it makes (see ``ops``), ``missed(graph, weights)``, where it
-    should have matched and did not, ``why_not(graph, weights, node)``, why it leaves a node alone, and ``needs`` and
-    ``guarantees``, in words.
+    should have matched and did not, ``why_not(graph, weights, node)``, why it leaves a node alone (or None), and in words
+    ``needs``, ``must_match`` (how often) and ``guarantees``.
     """
 
     name: str

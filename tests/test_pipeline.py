@@ -15,7 +15,8 @@ from moecompiler.errors import UserError
 from moecompiler.graph import Program, check, module_of, serialize
 from moecompiler.passes.cleanup import CleanUp
 from moecompiler.passes.constant_folding import ConstantFolding
-from moecompiler.passes.pipelines import find_pipeline, named_pipelines
+from moecompiler.passes.pipelines import named_pipelines
+from moecompiler.passes.selection import Selection
 from moecompiler.pipeline import Missed, Rewrite, apply, in_stable_order, run_passes
 from moecompiler.weights import Recipe
 
@@ -132,10 +133,10 @@ def test_no_passes() -> None:
 
 
 def test_pipelines_by_name() -> None:
-    assert find_pipeline("debug") == ()
-    assert [step.name for step in find_pipeline("optimize")] != []
+    assert Selection("debug").passes() == ()
+    assert [step.name for step in Selection("ootb").passes()] != []
     with pytest.raises(UserError, match="--pipeline fast: there is none of that name; choose from ") as caught:
-        find_pipeline("fast")
+        Selection("fast").passes()
     for name in named_pipelines():
         assert name in str(caught.value)
 

@@ -8,49 +8,30 @@ from pathlib import Path
 
 from moecompiler.artifact_writer import writing
 from moecompiler.atomic import fingerprint, temporary_path
-from moecompiler.mapping import Mapping
 from moecompiler.tools import options as opt
-from moecompiler.tools.job import (
-    Job,
-    code_fingerprint,
-    make_job,
-    ranks_asked_for,
-    resolve_export,
-    resolve_source,
-    versions,
-)
+from moecompiler.tools.flags import GraphFlags, MappingFlags, SourceFlags, WorkFlags
+from moecompiler.tools.groups import grouped
+from moecompiler.tools.job import Job, code_fingerprint, make_job, ranks_asked_for, versions
 from moecompiler.workers import ProgressFn, run_ranks
 
 
+@grouped
 def export(
     output_dir: opt.OutputDir,
-    model_dir: opt.ModelDir = None,
-    model: opt.Model = None,
-    num_layers: opt.NumLayers = None,
-    dummy_seed: opt.DummySeed = 0,
-    check_finite: opt.CheckFinite = False,
-    dtype: opt.DataType = opt.DType.auto,
-    tp_size: opt.TpSize = 1,
-    pp_size: opt.PpSize = 1,
-    moe_tp_size: opt.MoeTpSize = None,
-    moe_ep_size: opt.MoeEpSize = None,
-    moe_normalization_mode: opt.NormalizationOption = opt.Normalization.renormalize,
-    max_seq_len: opt.MaxSeqLen = None,
-    gather_context_logits: opt.GatherContextLogits = False,
-    workers: opt.Workers = 1,
-    rank: opt.Rank = None,
+    source: SourceFlags,
+    parallel: MappingFlags,
+    graph: GraphFlags,
+    work: WorkFlags,
 ) -> None:
     """Export a checkpoint to ONNX, rank by rank (the old convert_checkpoint)."""
-    mapping = Mapping.create(tp_size, pp_size, moe_tp_size, moe_ep_size)
-    config, source = resolve_source(model_dir, model, num_layers, dummy_seed, check_finite)
-    graph = resolve_export(config, dtype, moe_normalization_mode, max_seq_len, gather_context_logits)
-    run_export(make_job(config, source, mapping, graph), output_dir, workers, rank)
-    print(f"exported {mapping.world_size} rank(s) to {output_dir}")
+    job = make_job(source, parallel, graph)
+    run_export(job, output_dir, work)
+    print(f"exported {len(ranks_asked_for(job.mapping.world_size, work.rank))} rank(s) to {output_dir}")
 
 
-def run_export(job: Job, output_dir: Path, workers: int = 1, rank: int | None = None) -> None:
+def run_export(job: Job, output_dir: Path, work: WorkFlags) -> None:
     """Exports what of ``job`` is not in ``output_dir`` yet. A stage's ranks share a graph, so stages are the unit of work."""
-    ranks = ranks_asked_for(job.mapping.world_size, rank)
+    ranks = ranks_asked_for(job.mapping.world_size, work.rank)
     header = job.header() | {"versions": versions("torch", "onnx", "onnxscript")}
     with writing(output_dir, "export", job.mapping.world_size, header) as writer:
         keys = _keys(job, ranks, header["versions"])
@@ -64,7 +45,7 @@ def run_export(job: Job, output_dir: Path, workers: int = 1, rank: int | None = 
                 writer.commit_rank(each, keys[each], staged, {"stage": job.mapping.pp_rank(each)})
 
         labels = {_label(members): tuple(members) for members in by_stage.values()}
-        run_ranks(_ExportStage(job, output_dir, labels), list(labels), workers, "export", on_result=commit)
+        run_ranks(_ExportStage(job, output_dir, labels), list(labels), work.workers, "export", on_result=commit)
 
 
 def _label(ranks: Sequence[int]) -> str:

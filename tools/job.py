@@ -16,6 +16,7 @@ from moecompiler.dummy import DummyCheckpoint
 from moecompiler.errors import UserError
 from moecompiler.manifest import LOCK, MANIFEST
 from moecompiler.mapping import Mapping, check_mapping
+from moecompiler.tools.flags import GraphFlags, MappingFlags, SourceFlags
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,12 @@ class Job:
         )
 
 
-def resolve_source(
-    model_dir: Path | None, model: str | None, num_layers: int | None, dummy_seed: int, check_finite: bool
-) -> tuple[ModelConfig, dict[str, Any]]:
+def resolve_source(flags: SourceFlags) -> tuple[ModelConfig, dict[str, Any]]:
     """The model and the identity of its weights: a checkpoint's, or dummy ones.
 
     Raises: UserError where neither or both are given, or the checkpoint does not hold the model its config describes.
     """
+    model_dir, model, num_layers = flags.model_dir, flags.model, flags.num_layers
     if model_dir is not None and model is not None:
         raise UserError("--model_dir and --model exclude each other: real weights, or dummy ones")
     if model_dir is not None:
@@ -60,36 +60,35 @@ def resolve_source(
             found = "is not a directory" if model_dir.exists() else "not found"
             raise UserError(f"--model_dir {model_dir}: {found}; give the folder of a Hugging Face checkpoint")
         config = load_config(model_dir).with_layers(num_layers)
-        return config, open_checkpoint(model_dir, config, check_finite=check_finite).identity()
+        return config, open_checkpoint(model_dir, config, check_finite=flags.check_finite).identity()
     if model is None:
         raise UserError("give --model_dir, or --model 8x7b, 8x22b or a config.json for dummy weights")
     config = load_config(model).with_layers(num_layers)
-    return config, DummyCheckpoint(config, dummy_seed, config.dtype).identity()
+    return config, DummyCheckpoint(config, flags.dummy_seed, config.dtype).identity()
 
 
-def resolve_export(
-    config: ModelConfig, dtype: str, normalization_mode: str, max_seq_len: int | None, all_logits: bool
-) -> ExportOptions:
+def resolve_export(config: ModelConfig, flags: GraphFlags) -> ExportOptions:
     """Raises: UserError where the cache could not hold a token and its successor."""
     from moecompiler.config import NormalizationMode
 
-    mode = (
-        NormalizationMode(int(normalization_mode))
-        if normalization_mode.isdigit()
-        else NormalizationMode[normalization_mode.upper()]
-    )
-    slots = min(config.max_position_embeddings, 2048) if max_seq_len is None else max_seq_len
+    name = flags.moe_normalization_mode
+    mode = NormalizationMode(int(name)) if name.isdigit() else NormalizationMode[name.upper()]
+    slots = min(config.max_position_embeddings, 2048) if flags.max_seq_len is None else flags.max_seq_len
     if not 2 <= slots <= config.max_position_embeddings:
         raise UserError(
             f"--max_seq_len {slots}: give 2 to {config.max_position_embeddings}, the model's max_position_embeddings"
         )
-    return ExportOptions(config.dtype if dtype == "auto" else dtype, mode, slots, all_logits)
+    dtype = config.dtype if flags.dtype == "auto" else flags.dtype.value
+    return ExportOptions(dtype, mode, slots, flags.gather_context_logits)
 
 
-def make_job(config: ModelConfig, source: dict[str, Any], mapping: Mapping, export: ExportOptions) -> Job:
-    """Raises: UserError where the model cannot be split so."""
+def make_job(source: SourceFlags, parallel: MappingFlags, graph: GraphFlags) -> Job:
+    """Raises: UserError where there is no such model, or it cannot be split so."""
+    mapping = Mapping.create(parallel.tp_size, parallel.pp_size, parallel.moe_tp_size, parallel.moe_ep_size)
+    config, identity = resolve_source(source)
+    export = resolve_export(config, graph)
     check_mapping(config, mapping)
-    return Job(config, mapping, export, source)
+    return Job(config, mapping, export, identity)
 
 
 def ranks_asked_for(world_size: int, rank: int | None) -> list[int]:

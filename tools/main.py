@@ -10,11 +10,13 @@ import typer
 
 from moecompiler import __version__
 from moecompiler.errors import UserError
+from moecompiler.tools.bench import bench
 from moecompiler.tools.build import build
 from moecompiler.tools.compile import compile_
 from moecompiler.tools.export import export
 from moecompiler.tools.inspection import inspect
 from moecompiler.tools.optimize import optimize
+from moecompiler.tools.passes.table import make_passes_app
 from moecompiler.tools.run import run
 from moecompiler.tools.validate import validate
 
@@ -24,11 +26,14 @@ VERBS: dict[str, Callable[..., Any]] = {
     "optimize": optimize,
     "build": build,
     "run": run,
+    "bench": bench,
     "validate": validate,
     "inspect": inspect,
 }
 # options that take one value or several: --input_text "one" "two"
 VARIADIC = ("--input_text",)
+# options that may stand without their value: --dump_passes is --dump_passes=all
+OPTIONAL = {"--dump_passes": "all"}
 USER_ERROR = 2
 
 
@@ -43,6 +48,7 @@ def make_app() -> typer.Typer:
     )
     for name, function in VERBS.items():
         app.command(name)(function)
+    app.add_typer(make_passes_app(), name="passes")
 
     @app.callback(invoke_without_command=True)
     def version_option(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
@@ -54,7 +60,8 @@ def make_app() -> typer.Typer:
 
 
 def normalize(arguments: Sequence[str]) -> list[str]:
-    """``--tp-size`` → ``--tp_size``, and ``--input_text a b`` → ``--input_text a --input_text b``."""
+    """``--tp-size`` → ``--tp_size``, ``--input_text a b`` → ``--input_text a --input_text b``, ``--dump_passes`` →
+    ``--dump_passes=all``."""
     result: list[str] = []
     repeating, has_value = "", False
     for argument in arguments:
@@ -62,6 +69,8 @@ def normalize(arguments: Sequence[str]) -> list[str]:
             name, equals, value = argument.partition("=")
             name = "--" + name[2:].replace("-", "_")
             repeating, has_value = (name if name in VARIADIC and not equals else ""), False
+            if name in OPTIONAL and not equals:
+                equals, value = "=", OPTIONAL[name]
             result.append(name + equals + value)
         elif repeating and has_value:
             result += [repeating, argument]

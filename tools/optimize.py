@@ -1,87 +1,129 @@
-"""Verb ``optimize``: runs a pipeline of passes over every rank's graph."""
+"""Verb ``optimize``: runs passes over every rank's graph, or over somebody else's ONNX file."""
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from moecompiler.artifact import Artifact
 from moecompiler.artifact_writer import writing
 from moecompiler.atomic import fingerprint, temporary_path
-from moecompiler.passes.pipelines import OPTIMIZE, find_pipeline
+from moecompiler.config import ModelConfig
+from moecompiler.errors import UserError
+from moecompiler.passes.selection import identity
+from moecompiler.pipeline import PassResult
 from moecompiler.tools import options as opt
-from moecompiler.tools.job import code_fingerprint, ranks_asked_for
+from moecompiler.tools.flags import InstrumentFlags, SelectionFlags, WorkFlags
+from moecompiler.tools.groups import grouped
+from moecompiler.tools.instruments import Watcher, show
+from moecompiler.tools.job import Job, code_fingerprint, ranks_asked_for
 from moecompiler.workers import ProgressFn, run_ranks
 
 
+@grouped
 def optimize(
-    checkpoint_dir: opt.CheckpointDir,
-    output_dir: opt.OutputDir,
-    pipeline: opt.Pipeline = OPTIMIZE,
-    allow_missed: opt.AllowMissed = False,
-    workers: opt.Workers = 1,
-    rank: opt.Rank = None,
+    passes: SelectionFlags,
+    instruments: InstrumentFlags,
+    work: WorkFlags,
+    onnx_file: Annotated[Path | None, typer.Argument(help="An ONNX file of somebody else, instead.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Where that file's result goes; its weights go beside it.")
+    ] = None,
+    checkpoint_dir: opt.OptionalCheckpointDir = None,
+    output_dir: opt.OptionalOutputDir = None,
 ) -> None:
-    """Run the graph passes over what `export` wrote."""
+    """Run graph passes over what `export` wrote, or over any ONNX file: `optimize IN.onnx --output OUT.onnx`."""
+    if onnx_file is not None:
+        from moecompiler.tools.optimize_foreign import run_optimize_foreign
+
+        if checkpoint_dir is not None or output_dir is not None or output is None:
+            raise UserError("optimize IN.onnx takes --output OUT.onnx, and neither --checkpoint_dir nor --output_dir")
+        run_optimize_foreign(onnx_file, output, passes, instruments)
+        return
+    if checkpoint_dir is None or output_dir is None or output is not None:
+        raise UserError("give --checkpoint_dir and --output_dir, or an ONNX file and --output")
     source = Artifact.open(checkpoint_dir, ("export",))
-    run_optimize(source, output_dir, pipeline, workers, rank, allow_missed)
-    print(f"optimized {source.world_size} rank(s) to {output_dir}")
+    run_optimize(source, output_dir, passes, instruments, work)
+    print(f"optimized {len(ranks_asked_for(source.world_size, work.rank))} rank(s) to {output_dir}")
 
 
 def run_optimize(
-    source: Artifact,
-    output_dir: Path,
-    pipeline: str,
-    workers: int = 1,
-    rank: int | None = None,
-    allow_missed: bool = False,
+    source: Artifact, output_dir: Path, passes: SelectionFlags, instruments: InstrumentFlags, work: WorkFlags
 ) -> None:
     """Optimizes what of ``source`` is not in ``output_dir`` yet. A pass that should have matched and did not is an error, or a
     note on stderr with ``allow_missed``."""
-    passes = [step.name for step in find_pipeline(pipeline)]
-    ranks = ranks_asked_for(source.world_size, rank)
+    steps = passes.selection.passes()
+    ranks = ranks_asked_for(source.world_size, work.rank)
     source.check(ranks)
-    header = source.header | {"pipeline": pipeline}
-    code = code_fingerprint()
-    keys = {r: _key(source, r, code, passes, allow_missed) for r in ranks}
+    if instruments.verify_each:
+        from moecompiler.tools.passes.verify import require_verified
+
+        require_verified(source.directory, passes)
+    header = source.header | {"pipeline": passes.pipeline, "passes": [step.name for step in steps]}
+    made_by = (
+        code_fingerprint(),
+        identity(steps),
+        passes.allow_missed,
+        instruments.dump_passes,
+        instruments.dump_weights,
+    )
+    keys = {r: _key(source, r, made_by) for r in ranks}
     with writing(output_dir, "optimize", source.world_size, header) as writer:
-        missing = [r for r in ranks if not writer.is_done(r, keys[r])]
+        missing = [r for r in ranks if instruments.shows or not writer.is_done(r, keys[r])]
 
-        def commit(rank: int, result: tuple[dict[str, Path], dict[str, Any]]) -> None:
-            writer.commit_rank(rank, keys[rank], *result)
-            for each in result[1]["passes"]:
-                for missed in each.get("missed", ()):
-                    print(f"note: rank {rank}: pass {each['name']} did not match in {missed}", file=sys.stderr)
+        def commit(rank: int, result: tuple[dict[str, Path], dict[str, Any], Sequence[PassResult], str]) -> None:
+            staged, info, results, text = result
+            writer.commit_rank(rank, keys[rank], staged, info)
+            show(results, text, instruments, f"rank {rank}")
 
-        task = _OptimizeRank(source.directory, output_dir, pipeline, allow_missed)
-        run_ranks(task, missing, workers, "optimize", on_result=commit)
+        job = Job.of(source)
+        task = _OptimizeRank(source.directory, output_dir, passes, instruments, job.source, job.model)
+        run_ranks(task, missing, work.workers, "optimize", on_result=commit)
 
 
-def _key(source: Artifact, rank: int, code: str, passes: list[str], allow_missed: bool) -> str:
+def _key(source: Artifact, rank: int, made_by: tuple[Any, ...]) -> str:
     inputs = {name: record.sha256 for name, record in source.rank_files(rank).items()}
-    return fingerprint("optimize", code, inputs, passes, allow_missed)
+    return fingerprint("optimize", made_by, inputs)
 
 
 @dataclass(frozen=True)
 class _OptimizeRank:
-    """The task: one rank's files, under temporary names, and what the passes did."""
+    """The task: one rank's files, under temporary names, what the passes did, and what of the graph is to be printed."""
 
     source: Path
     directory: Path
-    pipeline: str
-    allow_missed: bool
+    passes: SelectionFlags
+    instruments: InstrumentFlags
+    identity: dict[str, Any]
+    model: ModelConfig
 
-    def __call__(self, rank: int, progress: ProgressFn) -> tuple[dict[str, Path], dict[str, Any]]:
+    def __call__(
+        self, rank: int, progress: ProgressFn
+    ) -> tuple[dict[str, Path], dict[str, Any], Sequence[PassResult], str]:
+        from moecompiler.dummy import open_source
         from moecompiler.graph import load_program, serialize
         from moecompiler.pipeline import run_passes
 
         stem = f"rank{rank}"
         exported = load_program(self.source / f"{stem}.onnx")
-        passes = find_pipeline(self.pipeline)
-        program, results = run_passes(passes, exported, progress, allow_missed=self.allow_missed)
+        steps = self.passes.selection.passes()
+        watcher = Watcher(self.instruments, exported)
+        program, results = run_passes(
+            steps, exported, progress, allow_missed=self.passes.allow_missed, watch=watcher.watch
+        )
         staged = {name: temporary_path(self.directory / name) for name in (f"{stem}.onnx", f"{stem}.weights.json")}
         for path, content in zip(staged.values(), serialize(program, stem), strict=True):
             path.write_bytes(content)
-        return staged, {"passes": [result.to_json() for result in results]}
+
+        def path_of(name: str) -> Path:
+            path = self.directory / "passes" / stem / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            staged[f"passes/{stem}/{name}"] = temporary_path(path)
+            return temporary_path(path)
+
+        watcher.write(lambda: open_source(self.identity, self.model), path_of)
+        return staged, {"passes": [result.to_json() for result in results]}, results, watcher.text

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-_SOURCE, _PARALLEL, _GRAPH, _ENGINE, _WORK = "Checkpoint", "Parallel mapping", "Graph", "Engine", "Work"
+_SOURCE, _PARALLEL, _GRAPH, _PASSES = "Checkpoint", "Parallel mapping", "Graph", "Passes"
+_ENGINE, _WORK = "Engine", "Work"
 
 
 class DType(StrEnum):
@@ -18,6 +19,14 @@ class DType(StrEnum):
     float16 = "float16"
     bfloat16 = "bfloat16"
     float32 = "float32"
+
+
+class Dump(StrEnum):
+    """Which graphs ``--dump_passes`` writes: of all passes, or of those that changed something."""
+
+    none = "none"
+    all = "all"
+    changed = "changed"
 
 
 class PluginDType(StrEnum):
@@ -104,10 +113,67 @@ GatherContextLogits = Annotated[
         "--gather_context_logits", help="Logits of every token instead of each prompt's last.", rich_help_panel=_GRAPH
     ),
 ]
-Pipeline = Annotated[str, typer.Option("--pipeline", help="Which list of passes to run.", rich_help_panel=_GRAPH)]
+
+Pipeline = Annotated[
+    str,
+    typer.Option(
+        "--pipeline", help="Which passes to run: pipelines or passes, joined by commas.", rich_help_panel=_PASSES
+    ),
+]
+OnlyPass = Annotated[
+    list[str] | None,
+    typer.Option("--only_pass", metavar="NAME", help="Of the pipeline, only this pass.", rich_help_panel=_PASSES),
+]
+DisablePass = Annotated[
+    list[str] | None,
+    typer.Option("--disable_pass", metavar="NAME", help="Leave this pass out.", rich_help_panel=_PASSES),
+]
+StopAfter = Annotated[
+    str,
+    typer.Option(
+        "--stop_after",
+        metavar="NAME",
+        help="The last pass to run, as 03-name or name.",
+        show_default=False,
+        rich_help_panel=_PASSES,
+    ),
+]
 AllowMissed = Annotated[
     bool,
-    typer.Option("--allow_missed", help="Go on where a pass does not match though it should.", rich_help_panel=_GRAPH),
+    typer.Option("--allow_missed", help="Go on where a pass does not match though it should.", rich_help_panel=_PASSES),
+]
+TimePasses = Annotated[
+    bool, typer.Option("--time_passes", help="Print what each pass did and took.", rich_help_panel=_PASSES)
+]
+PrintAfter = Annotated[
+    list[str] | None,
+    typer.Option("--print_after", metavar="NAME", help="Print the graph after this pass.", rich_help_panel=_PASSES),
+]
+DumpPasses = Annotated[
+    Dump,
+    typer.Option(
+        "--dump_passes",
+        metavar="[=changed]",
+        help="Write the graph after each pass (or each that changed it) to passes/ in the output.",
+        show_default=False,
+        rich_help_panel=_PASSES,
+    ),
+]
+DumpWeights = Annotated[
+    bool,
+    typer.Option(
+        "--dump_weights/--no_dump_weights",
+        help="Write weights beside dumped graphs, so that they run as they are.",
+        rich_help_panel=_PASSES,
+    ),
+]
+VerifyEach = Annotated[
+    bool,
+    typer.Option(
+        "--verify_each",
+        help="Compare numbers after each pass, all ranks together; stop at the first that is off.",
+        rich_help_panel=_PASSES,
+    ),
 ]
 
 Backend = Annotated[str, typer.Option("--backend", help="What runs the engines.", rich_help_panel=_ENGINE)]
@@ -128,10 +194,12 @@ GemmPlugin = Annotated[
     ),
 ]
 
-OutputDir = Annotated[Path, typer.Option("--output_dir", help="Where the result goes.", rich_help_panel=_WORK)]
-CheckpointDir = Annotated[
-    Path, typer.Option("--checkpoint_dir", help="What `export` or `optimize` wrote.", rich_help_panel=_WORK)
-]
+_OUTPUT_DIR = typer.Option("--output_dir", help="Where the result goes.", rich_help_panel=_WORK)
+_CHECKPOINT_DIR = typer.Option("--checkpoint_dir", help="What `export` or `optimize` wrote.", rich_help_panel=_WORK)
+OutputDir = Annotated[Path, _OUTPUT_DIR]
+OptionalOutputDir = Annotated[Path | None, _OUTPUT_DIR]
+CheckpointDir = Annotated[Path, _CHECKPOINT_DIR]
+OptionalCheckpointDir = Annotated[Path | None, _CHECKPOINT_DIR]
 EngineDir = Annotated[Path, typer.Option("--engine_dir", help="What `compile` or `build` wrote.")]
 Workers = Annotated[int, typer.Option("--workers", min=1, help="Ranks worked on in parallel.", rich_help_panel=_WORK)]
 Rank = Annotated[int | None, typer.Option("--rank", help="Only this rank.", rich_help_panel=_WORK)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from rich.console import Console
+
 from moecompiler.runtime.prompts import StreamingDetokenizer, Tokenizer
 
 
@@ -51,6 +53,12 @@ def summary_line(summary: dict[str, Any]) -> str:
         f" first token after {summary['time_to_first_token_s'] * 1e3:.1f} ms,"
         f" {summary['decode_tokens_per_s']:.1f} tokens/s after it"
     )
+
+
+def wide_console() -> Console:
+    """Stdout, for tables of many columns: what is no terminal, or a narrow one, gets lines of 120 characters all the same."""
+    console = Console(highlight=False)
+    return Console(highlight=False, width=max(console.width, 120))
 
 
 def byte_size(count: int) -> str:

@@ -25,7 +25,7 @@ def encode_text(artifact: Artifact, text: Path | None, tokenizer_dir: Path | Non
         notes.append("there is no tokenizer: measured on random tokens only (give --tokenizer_dir)")
         return []
     tokenizer = load_tokenizer(directory, job.model.vocab_size)
-    path = text or _default_text(job)
+    path = text or default_text(job)
     try:
         content = path.read_text(encoding="utf-8")[:_LONGEST]
     except (OSError, UnicodeDecodeError) as error:
@@ -35,7 +35,8 @@ def encode_text(artifact: Artifact, text: Path | None, tokenizer_dir: Path | Non
     return tokenizer.encode(content)
 
 
-def _default_text(job: Job) -> Path:
+def default_text(job: Job) -> Path:
+    """The text beside the checkpoint, or one of Python's own modules."""
     if job.source["kind"] == "hf":
         beside = Path(job.source["model_dir"]) / "heldout.txt"
         if beside.is_file():

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import helper
 
 from moecompiler.backends.onnxruntime import open_part
+from moecompiler.cutting import cut
 from moecompiler.graph import load_program, output_of
 from moecompiler.runtime.communicator import Communicator, using_communicator
 from moecompiler.validation.recording import RecordingCommunicator
@@ -45,7 +45,7 @@ def localize(
     recorder = RecordingCommunicator(communicator)
     reports = []
     for name in _cuts(model, place):
-        part = cut(model, name, stops={*records[0].inner})
+        part = cut(model, [name], stops={*records[0].inner})
         session = open_part(part, directory)
         wanted = {value.name: value.type for value in session.get_inputs()}
         errors, own_errors = [], []
@@ -78,37 +78,3 @@ def _cuts(model: onnx.ModelProto, place: RankPlace) -> list[str]:
     if place.main_output == "logits":
         names.append("logits")
     return [name for name in names if name in there]
-
-
-def cut(model: onnx.ModelProto, output: str, stops: set[str]) -> onnx.ModelProto:
-    """The subgraph that computes ``output`` from graph inputs, initializers and the tensors ``stops``."""
-    graph = model.graph
-    producers = {name: node for node in graph.node for name in node.output}
-    initializers = {tensor.name: tensor for tensor in graph.initializer}
-    kinds = {value.name: value for value in (*graph.input, *graph.output, *graph.value_info)}
-    inputs: set[str] = set()
-    needed: set[str] = set()
-    waiting, seen = [output], {output}
-    while waiting:
-        name = waiting.pop()
-        if name in initializers:
-            needed.add(name)
-        elif name not in producers or (name in stops and name != output):
-            inputs.add(name)
-        else:
-            for each in producers[name].input:
-                if each and each not in seen:
-                    seen.add(each)
-                    waiting.append(each)
-    kept = [node for node in graph.node if any(name in seen and name not in inputs for name in node.output)]
-    part = helper.make_graph(
-        kept,
-        f"part {output}",
-        [kinds[name] for name in sorted(inputs)],
-        [kinds[output]],
-        [initializers[name] for name in sorted(needed)],
-        value_info=[value for value in graph.value_info if value.name in seen],
-    )
-    result = helper.make_model(part, opset_imports=list(model.opset_import), ir_version=model.ir_version)
-    result.functions.extend(model.functions)
-    return result

@@ -15,6 +15,7 @@ from moecompiler.mapping import Mapping
 from moecompiler.reference import to_torch
 from moecompiler.runtime.communicator import Communicator
 from moecompiler.runtime.session import StageSession
+from moecompiler.validation.difference import log_softmax, logits_differ
 from moecompiler.validation.scenario import Scenario
 from moecompiler.validation.tolerances import Tolerance
 
@@ -115,24 +116,22 @@ def hf_logits(model: torch.nn.Module, scenario: Scenario) -> np.ndarray:
 
 def compare(logits: np.ndarray, reference: np.ndarray, scenario: Scenario, tolerance: Tolerance) -> Quality:
     """``logits`` and ``reference`` are ``[batch, steps, vocab]`` float32."""
-    ours, theirs = _log_softmax(logits), _log_softmax(reference)
-    kl = float((np.exp(theirs) * (theirs - ours)).sum(-1).mean())
-    top1 = float((logits.argmax(-1) == reference.argmax(-1)).mean())
-    max_abs = float(np.abs(logits - reference).max()) if np.isfinite(logits).all() else float("inf")
-    by_token = np.abs(logits - reference).max(-1)
-    passed = tolerance.worst(by_token) <= tolerance.logits and kl <= tolerance.kl and top1 >= tolerance.top1
+    found = logits_differ(logits, reference, tolerance)
     targets = scenario.predicted_positions() + 1
     known = targets < scenario.tokens.shape[1]
     following = np.take_along_axis(scenario.tokens, np.where(known, targets, 0), axis=1)
 
-    def perplexity(log_probabilities: np.ndarray) -> float:
-        chosen = np.take_along_axis(log_probabilities, following[..., None], axis=-1)[..., 0]
+    def perplexity(values: np.ndarray) -> float:
+        chosen = np.take_along_axis(log_softmax(values), following[..., None], axis=-1)[..., 0]
         return float(np.exp(-chosen[known].mean())) if known.any() else float("nan")
 
-    return Quality(scenario.name, known.size, max_abs, kl, top1, perplexity(ours), perplexity(theirs), passed)
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    wide = logits.astype(np.float64)
-    wide -= wide.max(-1, keepdims=True)
-    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+    return Quality(
+        scenario.name,
+        known.size,
+        found.max_abs,
+        found.kl,
+        found.top1,
+        perplexity(logits),
+        perplexity(reference),
+        found.passed,
+    )

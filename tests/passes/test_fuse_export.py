@@ -30,7 +30,7 @@ from moecompiler.passes.fuse_add_rms_norm import FuseAddRMSNorm
 from moecompiler.passes.fuse_attention import FuseAttention
 from moecompiler.passes.fuse_moe import FuseMoE
 from moecompiler.passes.fuse_rms_norm import FuseRMSNorm
-from moecompiler.passes.pipelines import find_pipeline
+from moecompiler.passes.pipelines import named_pipelines
 from moecompiler.passes.restore import Restore
 from moecompiler.pipeline import apply, run_passes
 
@@ -69,7 +69,7 @@ def test_fused_and_restored_programs_compute_the_same(
     split = GRID[mapping]
     plain = [programs.optimized(shipped.config, split, rank, FLOAT32) for rank in range(split.world_size)]
     fused = [run_passes(FUSE, program)[0] for program in plain]
-    restored = [run_passes((Restore(), *find_pipeline("optimize")), program)[0] for program in fused]
+    restored = [run_passes((Restore(), *named_pipelines()["ootb"]), program)[0] for program in fused]
     assert not any(program.model.functions for program in restored)
     logits = []
     for name, variant in (("plain", plain), ("fused", fused), ("restored", restored)):

@@ -9,9 +9,9 @@ import pytest
 from moecompiler.checkpoint import open_checkpoint
 from moecompiler.config import ExportOptions, load_config
 from moecompiler.mapping import Mapping
-from moecompiler.tools.build import EngineOptions
 from moecompiler.tools.compile import run_compile
-from moecompiler.tools.job import make_job
+from moecompiler.tools.flags import EngineFlags, InstrumentFlags, SelectionFlags, WorkFlags
+from moecompiler.tools.job import Job
 
 SHIPPED = Path(__file__).parents[1] / "data" / "tiny-mixtral"
 
@@ -19,7 +19,8 @@ SHIPPED = Path(__file__).parents[1] / "data" / "tiny-mixtral"
 def compile_shipped(directory: Path, mapping: Mapping, dtype: str = "float32") -> Path:
     config = load_config(SHIPPED)
     source = open_checkpoint(SHIPPED, config).identity()
-    run_compile(make_job(config, source, mapping, ExportOptions(dtype, max_seq_len=96)), directory, EngineOptions())
+    job = Job(config, mapping, ExportOptions(dtype, max_seq_len=96), source)
+    run_compile(job, directory, EngineFlags(), SelectionFlags(), InstrumentFlags(), WorkFlags())
     return directory
 
 

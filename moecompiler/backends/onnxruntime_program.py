@@ -1,0 +1,70 @@
+"""Programs run as they are, without building an engine: weights stay in memory and are shared by all programs that use them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper
+
+from moecompiler.backends.onnxruntime import open_model
+from moecompiler.backends.onnxruntime_lowering import lower
+from moecompiler.graph import ONNX_DTYPES, Program
+from moecompiler.weights import Recipe, TensorReader, materialize
+
+
+class WeightCache:
+    """Weights by their recipes, each read once; ``onnxruntime.OrtValue`` over arrays of the recipe's dtype."""
+
+    def __init__(self, reader: TensorReader):
+        self._reader = reader
+        self._values: dict[Recipe, tuple[np.ndarray, onnxruntime.OrtValue]] = {}
+
+    def value(self, recipe: Recipe) -> onnxruntime.OrtValue:
+        if recipe not in self._values:
+            array = materialize(recipe, self._reader)
+            # ONNX Runtime takes types that numpy lacks as the bits of one that it has
+            bits = array.view(np.uint16) if recipe.dtype == "bfloat16" else array
+            kind = ONNX_DTYPES[recipe.dtype]
+            self._values[recipe] = bits, onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, kind)
+        return self._values[recipe][1]
+
+
+def open_program(
+    program: Program, weights: WeightCache, threads: int = 0, *, optimized: bool = True
+) -> onnxruntime.InferenceSession:
+    """A session of a program, lowered as a build lowers it; ``optimized``: with ONNX Runtime's own graph optimizations.
+
+    Collectives go through the communicator of the thread that runs it.
+    """
+    lowered = lower(program)
+    names = [t.name for t in lowered.model.graph.initializer if t.data_location == TensorProto.EXTERNAL]
+    options = onnxruntime.SessionOptions()
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if names:
+        options.add_external_initializers(names, [weights.value(lowered.weights[name]) for name in names])
+    return open_model(lowered.model.SerializeToString(), options, threads)
+
+
+def run_part(
+    part: onnx.ModelProto, program: Program, weights: WeightCache, feeds: Mapping[str, np.ndarray]
+) -> list[np.ndarray]:
+    """Runs a part that was cut out of a program's graph, as it is written, without optimizing it."""
+    kept = {tensor.name for tensor in part.graph.initializer}
+    recipes = {name: recipe for name, recipe in program.weights.items() if name in kept}
+    session = open_program(Program(part, recipes), weights, optimized=False)
+    return [np.asarray(value) for value in session.run(None, dict(feeds))]
+
+
+def input_types(program: Program) -> dict[str, tuple[np.dtype, tuple[int | str, ...]]]:
+    """The dtype in which ONNX Runtime takes each input of a program, and its shape, open dims by name."""
+    types = {}
+    for value in program.model.graph.input:
+        tensor = value.type.tensor_type
+        shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
+        wide = TensorProto.FLOAT if tensor.elem_type == TensorProto.BFLOAT16 else tensor.elem_type
+        types[value.name] = np.dtype(helper.tensor_dtype_to_np_dtype(wide)), shape
+    return types

@@ -1,0 +1,59 @@
+"""How far logits are from a reference's: errors, likely tokens, distributions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from moecompiler.validation.tolerances import Tolerance
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest error of an element, ``‖a - b‖ / ‖b‖``, the share of tokens with the same largest logit, the mean KL
+    divergence from the reference's distribution (nats a token), and whether that is within tolerance."""
+
+    max_abs: float
+    relative: float
+    top1: float
+    kl: float
+    passed: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def logits_differ(logits: np.ndarray, reference: np.ndarray, tolerance: Tolerance) -> Difference:
+    """Compares ``[..., vocab]`` with ``[..., vocab]``; NaN and infinities are out of any tolerance."""
+    ours, theirs = log_softmax(logits), log_softmax(reference)
+    finite = bool(np.isfinite(logits).all())
+    error = np.abs(logits.astype(np.float64) - reference)
+    max_abs = float(error.max()) if finite else float("inf")
+    norm = float(np.linalg.norm(reference.astype(np.float64)))
+    relative = float(np.linalg.norm(error)) / max(norm, np.finfo(np.float64).tiny) if finite else float("inf")
+    kl = float((np.exp(theirs) * (theirs - ours)).sum(-1).mean()) if finite else float("inf")
+    top1 = float((logits.argmax(-1) == reference.argmax(-1)).mean())
+    passed = tolerance.worst(error.max(-1)) <= tolerance.logits and kl <= tolerance.kl and top1 >= tolerance.top1
+    return Difference(max_abs, relative, top1, kl, passed)
+
+
+def outputs_differ(outputs: Sequence[np.ndarray], reference: Sequence[np.ndarray], tolerance: Tolerance) -> Difference:
+    """The worst of each figure over several arrays of logits."""
+    found = [logits_differ(a, b, tolerance) for a, b in zip(outputs, reference, strict=True)]
+    return Difference(
+        max(each.max_abs for each in found),
+        max(each.relative for each in found),
+        min(each.top1 for each in found),
+        max(each.kl for each in found),
+        all(each.passed for each in found),
+    )
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """In float64, over the last axis."""
+    wide = logits.astype(np.float64)
+    wide -= wide.max(-1, keepdims=True)
+    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))

@@ -1,0 +1,95 @@
+"""The groups of options that several verbs take; see ``groups.grouped``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moecompiler.passes.pipelines import OOTB
+from moecompiler.passes.selection import Selection
+from moecompiler.tools import engine_options as eng
+from moecompiler.tools import options as opt
+
+
+@dataclass(frozen=True)
+class SourceFlags:
+    """Which checkpoint, or which dummy."""
+
+    model_dir: opt.ModelDir = None
+    model: opt.Model = None
+    num_layers: opt.NumLayers = None
+    dummy_seed: opt.DummySeed = 0
+    check_finite: opt.CheckFinite = False
+
+
+@dataclass(frozen=True)
+class MappingFlags:
+    """How the model is split over ranks."""
+
+    tp_size: opt.TpSize = 1
+    pp_size: opt.PpSize = 1
+    moe_tp_size: opt.MoeTpSize = None
+    moe_ep_size: opt.MoeEpSize = None
+
+
+@dataclass(frozen=True)
+class GraphFlags:
+    """What is exported."""
+
+    dtype: opt.DataType = opt.DType.auto
+    moe_normalization_mode: opt.NormalizationOption = opt.Normalization.renormalize
+    max_seq_len: opt.MaxSeqLen = None
+    gather_context_logits: opt.GatherContextLogits = False
+
+
+@dataclass(frozen=True)
+class SelectionFlags:
+    """Which passes run."""
+
+    pipeline: opt.Pipeline = OOTB
+    only_pass: opt.OnlyPass = None
+    disable_pass: opt.DisablePass = None
+    stop_after: opt.StopAfter = ""
+    allow_missed: opt.AllowMissed = False
+
+    @property
+    def selection(self) -> Selection:
+        return Selection(self.pipeline, tuple(self.only_pass or ()), tuple(self.disable_pass or ()), self.stop_after)
+
+
+@dataclass(frozen=True)
+class InstrumentFlags:
+    """What is shown of passes while they run."""
+
+    time_passes: opt.TimePasses = False
+    print_after: opt.PrintAfter = None
+    dump_passes: opt.DumpPasses = opt.Dump.none
+    dump_weights: opt.DumpWeights = True
+    verify_each: opt.VerifyEach = False
+
+    @property
+    def shows(self) -> bool:
+        """Whether there is something to print, for which passes have to run again."""
+        return self.time_passes or bool(self.print_after)
+
+
+@dataclass(frozen=True)
+class WorkFlags:
+    """How ranks are worked on."""
+
+    workers: opt.Workers = 1
+    rank: opt.Rank = None
+
+
+@dataclass(frozen=True)
+class EngineFlags:
+    """What engines are built for; lengths in tokens, None: as long as the graph allows."""
+
+    backend: opt.Backend = "onnxruntime"
+    max_batch_size: opt.MaxBatchSize = 8
+    max_input_len: opt.MaxInputLen = None
+    max_num_tokens: eng.MaxNumTokens = None
+    plugins: eng.Plugins = "auto"
+    moe_plugin: eng.MoePlugin = opt.PluginDType.auto
+    gpt_attention_plugin: eng.GptAttentionPlugin = opt.PluginDType.auto
+    gemm_plugin: opt.GemmPlugin = opt.PluginDType.auto
+    moe_weights: eng.MoeWeightsOption = eng.MoeWeights.auto

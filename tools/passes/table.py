@@ -1,0 +1,26 @@
+"""The table of the verbs of ``moecompiler passes``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from moecompiler.tools.passes.bisect import bisect
+from moecompiler.tools.passes.listing import list_
+from moecompiler.tools.passes.verify import verify
+
+VERBS: dict[str, Callable[..., Any]] = {
+    "list": list_,
+    "verify": verify,
+    "bisect": bisect,
+}
+
+
+def make_passes_app() -> typer.Typer:
+    """The typer application ``passes``."""
+    app = typer.Typer(help="Look into graph passes: list, compare, verify, bisect.", no_args_is_help=True)
+    for name, function in VERBS.items():
+        app.command(name)(function)
+    return app
