@@ -49,12 +49,18 @@ def plugin_ops() -> dict[str, PluginOp]:
 class TensorRTPlugins:
     """See ``moecompiler.backends.base.PluginLibrary``. TensorRT is imported when plugins are registered."""
 
-    def refusal(self, node: onnx.NodeProto, dtype: str) -> str | None:
+    def refusal(self, node: onnx.NodeProto, dims: Dims, dtype: str, sm: int) -> str | None:
         """Why no plugin can stand for this node; None where one can."""
-        if node.op_type not in plugin_ops():
+        import onnx
+
+        op = plugin_ops().get(node.op_type)
+        if op is None:
             return "there is no plugin for it"
         if dtype not in TRITON_TYPES:
             return f"its plugin has no kernels for {dtype}"
+        attributes = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+        if not op.tactics(node.op_type, attributes, dims, dtype, sm):
+            return f"its plugin has no kernels for SM {sm} and inputs of {', '.join(map(str, dims))}"
         return None
 
     def aliases(self, op_type: str) -> Mapping[int, int]:

@@ -45,8 +45,9 @@ class BuildSettings:
 class PluginLibrary(Protocol):
     """The plugins that a backend may use; made in ``plugins``, which backends do not know."""
 
-    def refusal(self, node: onnx.NodeProto, dtype: str) -> str | None:
-        """Why no plugin can stand for this node; None where one can."""
+    def refusal(self, node: onnx.NodeProto, dims: tuple[tuple[int, ...], ...], dtype: str, sm: int) -> str | None:
+        """Why no plugin can stand for this node, whose inputs have these shapes (-1: not known before it runs), on a GPU of
+        compute capability ``sm``; None where one can."""
 
     def aliases(self, op_type: str) -> Mapping[int, int]:
         """Outputs of an op's plugin that are written in place of an input: index of the output → index of the input."""

@@ -80,7 +80,7 @@ class TensorRTBackend:
         from moecompiler.backends.tensorrt_build import build_plan
 
         library = self._library()
-        prepared = prepare(program, settings, _dtype_of(program), library)
+        prepared = prepare(program, settings, _dtype_of(program), self._made.sm, library)
         if prepared.plugins:
             library.register()
         names = ["plan", "engine.json", "layers.json", "timing", "onnx", *(["safetensors"] if prepared.bound else [])]

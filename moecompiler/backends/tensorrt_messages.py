@@ -28,6 +28,6 @@ def find_node(texts: Sequence[str], nodes: Iterable[str]) -> str:
     names = sorted({name for name in nodes if name}, key=len, reverse=True)
     for text in texts:
         for name in names:
-            if re.search(rf"(?<![\w./]){re.escape(name)}(?![\w.])", text):
+            if re.search(rf"(?<![\w./]){re.escape(name)}(?!\w|\.\w)", text):
                 return name
     return ""

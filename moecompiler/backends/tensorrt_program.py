@@ -17,7 +17,7 @@ from moecompiler.errors import UserError
 from moecompiler.graph import DOMAIN, Program, point_weights_at
 from moecompiler.ops import VERSION
 from moecompiler.plugin_switches import Mode, PluginSwitches
-from moecompiler.weights import NUMPY_DTYPES, Recipe
+from moecompiler.weights import NUMPY_DTYPES, Recipe, Shape
 
 LARGE = 1 << 30  # bytes of expert weights from which on they stay out of the plan, unless told otherwise
 BODY_SUFFIX = "Body"  # of an op whose function is kept beside nodes of the op that are plugins
@@ -36,11 +36,13 @@ class Prepared:
     notes: tuple[str, ...] = ()
 
 
-def prepare(program: Program, settings: BuildSettings, dtype: str, library: PluginLibrary) -> Prepared:
-    """Raises: UserError where a plugin is insisted on and there is none that fits, or an op has neither plugin nor body."""
+def prepare(program: Program, settings: BuildSettings, dtype: str, sm: int, library: PluginLibrary) -> Prepared:
+    """For a GPU of compute capability ``sm``.
+
+    Raises: UserError where a plugin is insisted on and there is none that fits, or an op has neither plugin nor body."""
     model = onnx.ModelProto()
     model.CopyFrom(program.model)
-    chosen, notes = choose_plugins(model, settings.plugins, dtype, library)
+    chosen, notes = choose_plugins(model, settings.plugins, dtype, sm, library)
     mark_plugins(model, chosen)
     weights = inline_literals(model, program.weights)
     bound = {} if not binds_experts(settings, weights) else {n: r for n, r in weights.items() if is_expert(n, r)}
@@ -50,7 +52,7 @@ def prepare(program: Program, settings: BuildSettings, dtype: str, library: Plug
 
 
 def choose_plugins(
-    model: onnx.ModelProto, switches: PluginSwitches, dtype: str, library: PluginLibrary
+    model: onnx.ModelProto, switches: PluginSwitches, dtype: str, sm: int, library: PluginLibrary
 ) -> tuple[dict[str, str], list[str]]:
     """Names and ops of the nodes that are to be plugins, and notes.
 
@@ -58,13 +60,18 @@ def choose_plugins(
     """
     bodies = {function.name for function in model.functions if function.domain == DOMAIN}
     ours = [node for node in model.graph.node if node.domain == DOMAIN]
+    shapes = known_shapes(model) if ours else {}
     chosen: dict[str, str] = {}
     notes: dict[str, None] = {}
     for node in ours:
         mode = switches.mode(node.op_type, node.name)
         if mode is Mode.OFF and node.op_type in bodies:
             continue
-        refusal = library.refusal(node, dtype)
+        unknown = [name for name in node.input if name not in shapes]
+        if unknown:
+            refusal: str | None = f"the shape of its input {unknown[0]} is not known"
+        else:
+            refusal = library.refusal(node, tuple(shapes[name] for name in node.input), dtype, sm)
         if refusal is None:
             chosen[node.name] = node.op_type
         elif node.op_type not in bodies:
@@ -80,6 +87,17 @@ def choose_plugins(
             f"--plugins {switches}: the graph has no fused ops to be plugins; compile with --pipeline plugins"
         )
     return chosen, list(notes)
+
+
+def known_shapes(model: onnx.ModelProto) -> dict[str, Shape]:
+    """Shapes of the graph's tensors, -1 for what is not known before it runs; tensors of unknown rank are not there."""
+    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    shapes: dict[str, Shape] = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        if value.type.tensor_type.HasField("shape"):
+            dims = value.type.tensor_type.shape.dim
+            shapes[value.name] = tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in dims)
+    return shapes
 
 
 def mark_plugins(model: onnx.ModelProto, chosen: Mapping[str, str]) -> None:
