@@ -121,6 +121,21 @@ class Tactic(Protocol):
         ...
 
 
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not below ``number``."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def multiprocessors(sm: int) -> int:
+    """How many multiprocessors the largest usual card of a compute capability has: a grid's size, not a promise."""
+    return {75: 72, 80: 108, 86: 84, 87: 16, 89: 142, 90: 132, 100: 148, 103: 148, 120: 188}.get(sm, 128)
+
+
+def shared_memory(sm: int) -> int:
+    """Bytes of shared memory that one program can have (CUDA C++ Programming Guide, table of compute capabilities)."""
+    return {75: 64, 80: 163, 87: 163, 90: 227, 100: 227, 103: 227}.get(sm, 99) * 1024
+
+
 def scratch_bytes(launches: Sequence[Launch], cubins: Sequence[Cubin]) -> int:
     """Bytes of global scratch that the launches need, one after another, behind the tactic's own workspace."""
     return max((cubins[launch.kernel].scratch * math.prod(launch.grid) for launch in launches), default=0)

@@ -1,0 +1,17 @@
+"""The tactics of every op that has kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moecompiler.plugins.launch import Dims, Tactic
+from moecompiler.plugins.moe import launch as moe
+from moecompiler.plugins.rmsnorm import launch as rmsnorm
+
+_OPS = {"RMSNorm": rmsnorm, "AddRMSNorm": rmsnorm, "MoE": moe}
+
+
+def tactics(op: str, attributes: Mapping[str, Any], dims: Dims, dtype: str, sm: int) -> tuple[Tactic, ...]:
+    """The ways to compute a node, the best guess first; none where only its body can. See ``launch``."""
+    return _OPS[op].tactics(op, attributes, dims, dtype, sm) if op in _OPS else ()
