@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper, version_converter
 
 from moecompiler.errors import UserError
-from moecompiler.graph import IR_VERSION, ONNX_DTYPES, OPSET, SCOPES, Program, name_in_scopes, weight_tensor
+from moecompiler.graph import (
+    IR_VERSION,
+    ONNX_DTYPES,
+    OPSET,
+    SCOPES,
+    Program,
+    name_in_scopes,
+    node_name,
+    weight_tensor,
+)
+from moecompiler.shape_inference import infer_symbolic_shapes
 from moecompiler.weights import NUMPY_DTYPES, Piece, Recipe, Shape
 
+_OLDEST_OPSET = 18  # torch's default; what came since then is converted node by node
+_TRACED_NAME = re.compile(r"/(.+)/[^/]+")
 _SMALLEST_WEIGHT = 1024  # bytes; what is smaller may be read to fold and to match
 _NAMES = {code: name for name, code in ONNX_DTYPES.items()}
 
@@ -40,7 +53,7 @@ class OnnxReader:
 def open_foreign(path: Path) -> tuple[Program, OnnxReader]:
     """Reads an ONNX file and names its nodes after the HF modules that torch's exporter notes, if it noted any.
 
-    Raises: UserError, one line, where it is no ONNX file or not of opset 21, its graph has a cycle or reads what nothing
+    Raises: UserError, one line, where it is no ONNX file or not of opset 18 to 21, its graph has a cycle or reads what nothing
     writes, or external data is missing, too short, or outside the file's own folder.
     """
     try:
@@ -52,11 +65,15 @@ def open_foreign(path: Path) -> tuple[Program, OnnxReader]:
     if not model.HasField("graph") or not model.graph.node:
         raise UserError(f"{path}: is not an ONNX file: it holds no graph")
     opset = next((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), 0)
-    if opset != OPSET:
-        raise UserError(f"{path}: is of opset {opset}; export it with opset_version={OPSET}")
+    if not _OLDEST_OPSET <= opset <= OPSET:
+        raise UserError(
+            f"{path}: is of opset {opset}; export it with opset_version={OPSET} ({_OLDEST_OPSET} and up will do)"
+        )
     _check_order(path, model.graph)
     _check_external(path, model.graph.initializer)
     name_after_modules(model.graph.node)
+    if opset < OPSET:
+        model = _converted(path, model)
     model.ir_version = IR_VERSION
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     weights = {name: _whole(tensor) for name, tensor in tensors.items() if _is_weight(tensor)}
@@ -64,16 +81,44 @@ def open_foreign(path: Path) -> tuple[Program, OnnxReader]:
     for index, tensor in enumerate(model.graph.initializer):
         if tensor.name in weights:
             model.graph.initializer[index].CopyFrom(weight_tensor(tensor.name, weights[tensor.name]))
-    return Program(onnx.shape_inference.infer_shapes(model, data_prop=True), weights), reader
+    return Program(infer_symbolic_shapes(model), weights), reader
 
 
 def name_after_modules(nodes: Iterable[onnx.NodeProto]) -> None:
-    """Gives each node the name ``module/op_number``; a node of which the exporter noted no module keeps its own name behind an
-    empty one."""
+    """Gives each node the name ``module/op_number``, the module empty where the exporter said none.
+
+    torch's exporter notes the modules in the node's metadata; the tracing one (``dynamo=False``) in its name, as
+    ``/model/layers.0/mlp/Reshape_1``.
+    """
     for index, node in enumerate(nodes):
         noted = next((each.value for each in node.metadata_props if each.key == SCOPES), "")
-        node.name = name_in_scopes(noted, f"{node.op_type}_{index}")
+        name = f"{node.op_type}_{index}"
+        traced = _TRACED_NAME.fullmatch(node.name)
+        node.name = name_in_scopes(noted, name) if noted or not traced else node_name(traced[1].replace("/", "."), name)
         del node.metadata_props[:]
+
+
+def _converted(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model at our opset. The converter knows no external data, so initializers wait outside, as inputs do."""
+    held = list(model.graph.initializer)
+    names = {tensor.name for tensor in held}
+    inputs = list(model.graph.input)
+    constants = [tensor for tensor in held if tensor.data_location != TensorProto.EXTERNAL and not _is_weight(tensor)]
+    outside = [tensor for tensor in held if all(tensor is not each for each in constants)]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(constants)
+    model.graph.input.extend(helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in outside)
+    try:
+        converted: onnx.ModelProto = version_converter.convert_version(model, OPSET)
+    except Exception as error:  # it raises RuntimeError and its own errors, which share no base class
+        first = str(error).strip().splitlines()[:1]
+        raise UserError(
+            f"{path}: cannot be converted to opset {OPSET}: {''.join(first)}; export it at that opset"
+        ) from None
+    del converted.graph.input[:]
+    converted.graph.input.extend(each for each in inputs if each.name not in names)
+    converted.graph.initializer.extend(outside)
+    return converted
 
 
 def _is_weight(tensor: TensorProto) -> bool:

@@ -9,6 +9,7 @@ import onnx_graphsurgeon as gs
 
 from moecompiler.graph import module_of, node_name
 from moecompiler.ops import OpSpec
+from moecompiler.passes.dtypes import cast_like, onnx_dtype, written_like
 from moecompiler.passes.pattern import Const, Match, OneOf, Op, Through, Var, escaping, producer_of, small_constant
 from moecompiler.passes.pattern_pass import PatternPass
 from moecompiler.plugins.rmsnorm.op import RMS_NORM
@@ -59,9 +60,15 @@ class FuseRMSNorm(PatternPass):
         last = found.nodes[0]
         (y,) = last.outputs
         last.outputs.clear()
-        inputs = [_before_cast(found.tensors["wide"]), found.tensors["weight"]]
         name = node_name(module_of(last.name), f"RMSNorm_{last.name.rpartition('_')[2]}")
-        node = RMS_NORM.node(name, inputs, [y], {"epsilon": found.scalar("epsilon")})
+        wide, weight = found.tensors["wide"], found.tensors["weight"]
+        x = _before_cast(wide)
+        if onnx_dtype(x) != onnx_dtype(weight):
+            # a float16 norm in a float32 residual stream, as torch's tracing exporter makes it: all of it in float32
+            x = wide
+            weight = cast_like(weight, x, graph, node_name(module_of(name), f"Cast_weight_{name.rpartition('_')[2]}"))
+        written = written_like(y, x, graph, name)
+        node = RMS_NORM.node(name, [x, weight], [written], {"epsilon": found.scalar("epsilon")})
         graph.nodes.insert(graph.nodes.index(last), node)
         return f"fused {len(found.nodes)} nodes into RMSNorm"
 

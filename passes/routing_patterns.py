@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from moecompiler.config import SPARSE_MIXER_EPSILON, NormalizationMode
-from moecompiler.passes.moe_patterns import attribute_is, columns
-from moecompiler.passes.pattern import Const, Match, Miss, OneOf, Op, Pattern, Through, Var, match_tensor, producer_of
+from moecompiler.passes.moe_patterns import attribute_is, axes_are, columns
+from moecompiler.passes.pattern import (
+    VIEWS,
+    Const,
+    Match,
+    Miss,
+    OneOf,
+    Op,
+    Pattern,
+    Through,
+    Var,
+    match_all,
+    producer_of,
+)
 
 
 def _is(number: float) -> Const:
@@ -25,12 +38,21 @@ def _last_axis(node: gs.Node) -> str | None:
     return None if axis % rank == rank - 1 else f"it works along axis {axis}, not the last"
 
 
+def _is_product(gemm: gs.Node) -> str | None:
+    """A Gemm that is no more than a product, perhaps with a transposed weight."""
+    if len(gemm.inputs) > 2 and not gemm.inputs[2].is_empty():
+        return "it adds a bias"
+    factors = [gemm.attrs.get(name, default) for name, default in (("alpha", 1.0), ("transA", 0))]
+    return None if factors == [1.0, 0] else f"its alpha and transA are {factors}, not 1 and 0"
+
+
+_X = Through(VIEWS, Var("x"))  # transformers' router reshapes what is [tokens, hidden] already
 _ROUTER = Through(
     ("Cast",),
     OneOf(
         (
-            Op("Gemm", (Var("x"), Var("router")), name="router_gemm"),
-            Op("MatMul", (Var("x"), columns("router", [1, 0])), name="router_product"),
+            Op("Gemm", (_X, Var("router")), name="router_gemm", test=_is_product),
+            Op("MatMul", (_X, columns("router", [1, 0])), name="router_product"),
         )
     ),
 )
@@ -38,11 +60,6 @@ _LOGITS = Var("logits")
 _LOWEST = Const(
     "lowest", "a number that softmax makes 0", lambda value: value.size == 1 and float(value.item()) < -1e30
 )
-
-
-def _scattered(weights: Pattern, chosen: Pattern) -> Op:
-    """Zeros for all experts, with the chosen ones' weights put in."""
-    return Op("ScatterElements", (Op("Expand", (_is(0.0),)), chosen, weights), test=attribute_is("axis", 1, 0))
 
 
 def _softmax(of: Pattern) -> Op:
@@ -54,8 +71,8 @@ def _top_k(of: Pattern, output: int) -> Op:
     return Op("TopK", (of, k), name="top_k", output=output, test=_last_axis)
 
 
-def _sparse_mixer(top_k: int) -> Op:
-    """``top_k`` rounds of: the largest that is left, against the softmax over what is close to it."""
+def _sparse_mixer(top_k: int) -> tuple[Pattern, Pattern]:
+    """Weights and experts of ``top_k`` rounds of: the largest that is left, against the softmax over what is close to it."""
     remaining: Pattern = _LOGITS
     weights: list[Pattern] = []
     chosen: list[Pattern] = []
@@ -69,12 +86,12 @@ def _sparse_mixer(top_k: int) -> Op:
         chosen.append(index)
         remaining = Op("ScatterElements", (remaining, index), test=_removes_what_is_chosen)
     if top_k == 1:
-        return _scattered(weights[0], chosen[0])
+        return weights[0], chosen[0]
 
     def of_all_rounds(node: gs.Node) -> str | None:
         return _last_axis(node) or (None if len(node.inputs) == top_k else f"it joins {len(node.inputs)} rounds")
 
-    return _scattered(Op("Concat", tuple(weights), test=of_all_rounds), Op("Concat", tuple(chosen), test=of_all_rounds))
+    return Op("Concat", tuple(weights), test=of_all_rounds), Op("Concat", tuple(chosen), test=of_all_rounds)
 
 
 def _removes_what_is_chosen(node: gs.Node) -> str | None:
@@ -90,15 +107,40 @@ def _removes_what_is_chosen(node: gs.Node) -> str | None:
 _MOST_SPARSE_MIXER_ROUNDS = 4
 
 
-def _routes() -> list[tuple[NormalizationMode, int | None, Op]]:
-    """The ways of routing, and how many experts they choose where the pattern alone says so."""
-    renormalized = _scattered(_softmax(_top_k(_LOGITS, 0)), _top_k(_LOGITS, 1))
-    plain = _scattered(_top_k(_softmax(_LOGITS), 0), _top_k(_softmax(_LOGITS), 1))
+@dataclass(frozen=True)
+class Route:
+    """A way of routing: patterns of the chosen experts' weights and numbers, ``[tokens, top_k]``, over ``logits``. ``top_k`` is
+    None where the graph says it, not the pattern."""
+
+    mode: NormalizationMode
+    top_k: int | None
+    weights: Pattern
+    chosen: Pattern
+
+    @property
+    def shares(self) -> Op:
+        """Every expert's share of every token, ``[tokens, experts]``: zeros, with the chosen ones' weights put in."""
+        return Op(
+            "ScatterElements", (Op("Expand", (_is(0.0),)), self.chosen, self.weights), test=attribute_is("axis", 1, 0)
+        )
+
+
+def _sums_last_axis(node: gs.Node) -> str | None:
+    return axes_are(-1)(node) or attribute_is("keepdims", 1, 1)(node)
+
+
+def routes() -> list[Route]:
+    """The ways of routing that are known."""
+    likeliest, number = _top_k(_softmax(_LOGITS), 0), _top_k(_softmax(_LOGITS), 1)
+    # As transformers writes RENORMALIZE: softmax over all, the top k, divided by their sum. That is the softmax over the top k:
+    # exp grows, so they are the same k, and the sum over all experts, a factor of each, cancels.
+    divided = Op("Div", (likeliest, Op("ReduceSum", (likeliest,), test=_sums_last_axis)))
     return [
-        (NormalizationMode.RENORMALIZE, None, renormalized),
-        (NormalizationMode.NONE, None, plain),
+        Route(NormalizationMode.RENORMALIZE, None, _softmax(_top_k(_LOGITS, 0)), _top_k(_LOGITS, 1)),
+        Route(NormalizationMode.RENORMALIZE, None, divided, number),
+        Route(NormalizationMode.NONE, None, likeliest, number),
         *(
-            (NormalizationMode.SPARSE_MIXER, rounds, _sparse_mixer(rounds))
+            Route(NormalizationMode.SPARSE_MIXER, rounds, *_sparse_mixer(rounds))
             for rounds in range(1, _MOST_SPARSE_MIXER_ROUNDS + 1)
         ),
     ]
@@ -121,22 +163,22 @@ class Routing:
         return "router_transpose" not in self.match.named
 
 
-def routing_of(experts: Match) -> Routing | str:
-    """The routing that makes the experts' shares, or why it is none of those known."""
+def routing_of(x: gs.Tensor, pairs: Callable[[Route], Sequence[tuple[Pattern, gs.Tensor]]]) -> Routing | str:
+    """The way of routing whose ``pairs`` of patterns and tensors match, or why none of those known is; ``x`` is what the experts
+    read, and the router has to."""
     miss = Miss()
-    for mode, rounds, pattern in _routes():
-        choice = match_tensor(pattern, experts.tensors["shares"], miss)
+    for route in routes():
+        choice = match_all(pairs(route), miss)
         if choice is None:
             continue
-        product = match_tensor(_ROUTER, choice.tensors["logits"], miss)
+        product = match_all([(_ROUTER, choice.tensors["logits"])], miss, Match({"x": x}))
         if product is None:
             break
-        if product.tensors["x"] is not experts.tensors["x"]:
-            return f"the router reads {product.tensors['x'].name}, the experts {experts.tensors['x'].name}"
         whole = Match(
             {**choice.tensors, **product.tensors},
             {**choice.named, **product.named},
             (*choice.nodes, *product.nodes),
         )
-        return Routing(mode, rounds or int(choice.scalar("top_k")), whole)
-    return f"the routing is none of those known: {miss.reason}"
+        return Routing(route.mode, route.top_k or int(choice.scalar("top_k")), whole)
+    at = f", at {miss.node.name}" if miss.node is not None else ""
+    return f"the routing is none of those known{at}: {miss.reason}"
