@@ -193,7 +193,7 @@ def _report(artifact: Artifact, results: Sequence[Figures], output_json: Path | 
     if as_json:
         print(json.dumps(data, indent=2))
         return
-    table = Table("batch", "in", "out", "first token, ms", "step, ms", "step p90, ms", "decode tok/s", "all tok/s")
+    table = Table("batch", "in", "out", "first, ms", "step, ms", "p90, ms", "decode/s", "all/s")
     for each in results:
         times = (each.time_to_first_token_s, each.step_s, each.step_p90_s)
         table.add_row(

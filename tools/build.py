@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,16 +12,19 @@ from typing import Any
 from moecompiler.artifact import Artifact
 from moecompiler.artifact_writer import ArtifactWriter, writing
 from moecompiler.atomic import fingerprint
-from moecompiler.backends.base import EngineLimits
-from moecompiler.backends.choose import find_backend
+from moecompiler.backends.base import BuildSettings, EngineLimits
 from moecompiler.config import ModelConfig
 from moecompiler.errors import UserError
-from moecompiler.passes.pipelines import OPTIMIZE
+from moecompiler.plugin_switches import merge_legacy
 from moecompiler.tools import options as opt
+from moecompiler.tools.backend import open_backend
+from moecompiler.tools.flags import EngineFlags, InstrumentFlags, SelectionFlags, WorkFlags
+from moecompiler.tools.groups import grouped
 from moecompiler.tools.job import Job, check_engine_dir, code_fingerprint, ranks_asked_for
 from moecompiler.tools.optimize import run_optimize
 from moecompiler.workers import ProgressFn, run_ranks
 
+_PLUGIN_DTYPES = ("float16", "bfloat16")
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -31,48 +36,34 @@ _TOKENIZER_FILES = (
 )
 
 
-@dataclass(frozen=True)
-class EngineOptions:
-    """What a build is asked for; ``max_input_len`` and ``max_seq_len`` in tokens, None: as large as the graph allows."""
-
-    backend: str = "onnxruntime"
-    max_batch_size: int = 8
-    max_input_len: int | None = None
-    max_seq_len: int | None = None
-    gemm_plugin: str = "auto"
-
-
+@grouped
 def build(
     checkpoint_dir: opt.CheckpointDir,
     output_dir: opt.OutputDir,
-    backend: opt.Backend = "onnxruntime",
-    max_batch_size: opt.MaxBatchSize = 8,
-    max_input_len: opt.MaxInputLen = None,
+    passes: SelectionFlags,
+    instruments: InstrumentFlags,
+    engine: EngineFlags,
+    work: WorkFlags,
     max_seq_len: opt.MaxSeqLen = None,
-    gemm_plugin: opt.GemmPlugin = opt.PluginDType.auto,
-    pipeline: opt.Pipeline = OPTIMIZE,
-    allow_missed: opt.AllowMissed = False,
-    workers: opt.Workers = 1,
-    rank: opt.Rank = None,
 ) -> None:
     """Build engines from what `export` or `optimize` wrote (the old trtllm-build)."""
     source = Artifact.open(checkpoint_dir, ("optimize", "export"))
-    engine = EngineOptions(backend, max_batch_size, max_input_len, max_seq_len, gemm_plugin)
-    resolve_limits(Job.of(source), engine)
-    find_backend(backend)
+    check_engine(Job.of(source), engine, max_seq_len)
     check_engine_dir(output_dir)
     if source.stage == "export":
-        run_optimize(source, output_dir / "optimize", pipeline, workers, rank, allow_missed)
+        run_optimize(source, output_dir / "optimize", passes, instruments, work)
         source = Artifact.open(output_dir / "optimize", ("optimize",))
-    for note in run_build(source, output_dir, engine, workers, rank):
+    for note in run_build(source, output_dir, engine, work, max_seq_len):
         print(note)
-    print(f"built {source.world_size} rank(s) into {output_dir}")
+    print(f"built {len(ranks_asked_for(source.world_size, work.rank))} rank(s) into {output_dir}")
 
 
-def resolve_limits(job: Job, engine: EngineOptions) -> EngineLimits:
-    """Raises: UserError where the engine is asked for more than the graph holds, or for nothing."""
+def resolve_limits(job: Job, engine: EngineFlags, max_seq_len: int | None = None) -> EngineLimits:
+    """``max_seq_len`` in tokens, None: as long as the graph allows.
+
+    Raises: UserError where the engine is asked for more than the graph holds, or for nothing."""
     slots = job.export.max_seq_len
-    seq_len = slots if engine.max_seq_len is None else engine.max_seq_len
+    seq_len = slots if max_seq_len is None else max_seq_len
     if not 2 <= seq_len <= slots:
         raise UserError(f"--max_seq_len {seq_len}: the graph was exported for 2 to {slots}; export it anew for more")
     input_len = seq_len - 1 if engine.max_input_len is None else engine.max_input_len
@@ -80,19 +71,43 @@ def resolve_limits(job: Job, engine: EngineOptions) -> EngineLimits:
         raise UserError(f"--max_input_len {input_len}: give 1 to {seq_len - 1}, less than --max_seq_len {seq_len}")
     if engine.max_batch_size < 1:
         raise UserError(f"--max_batch_size {engine.max_batch_size}: give 1 or more")
-    return EngineLimits(engine.max_batch_size, input_len, seq_len, job.model.vocab_size)
+    if engine.max_num_tokens is not None and engine.max_num_tokens < max(input_len, engine.max_batch_size):
+        raise UserError(
+            f"--max_num_tokens {engine.max_num_tokens}: a step must hold a prompt of --max_input_len {input_len} and a token of"
+            f" each of --max_batch_size {engine.max_batch_size} sequences; give at least"
+            f" {max(input_len, engine.max_batch_size)}"
+        )
+    return EngineLimits(engine.max_batch_size, input_len, seq_len, job.model.vocab_size, engine.max_num_tokens)
+
+
+def resolve_settings(job: Job, engine: EngineFlags, max_seq_len: int | None = None) -> BuildSettings:
+    """Raises: UserError where an option cannot be, by itself or for this graph."""
+    limits = resolve_limits(job, engine, max_seq_len)
+    switches = merge_legacy(engine.plugins, job.export.dtype, engine.moe_plugin, engine.gpt_attention_plugin)
+    return BuildSettings(limits, switches, engine.moe_weights)
+
+
+def check_engine(job: Job, engine: EngineFlags, max_seq_len: int | None = None) -> None:
+    """Raises: UserError where the engine cannot be built here, before any work is done."""
+    open_backend(engine.backend).notes(job.export.dtype, resolve_settings(job, engine, max_seq_len))
 
 
 def run_build(
-    source: Artifact, output_dir: Path, engine: EngineOptions, workers: int = 1, rank: int | None = None
+    source: Artifact, output_dir: Path, engine: EngineFlags, work: WorkFlags, max_seq_len: int | None = None
 ) -> list[str]:
     """Builds what of ``source`` is not in ``output_dir`` yet; returns notes for the user."""
-    job, backend = Job.of(source), find_backend(engine.backend)
-    limits = resolve_limits(job, engine)
-    ranks = ranks_asked_for(source.world_size, rank)
+    job, backend = Job.of(source), open_backend(engine.backend)
+    settings = resolve_settings(job, engine, max_seq_len)
+    notes = [f"note: {note}" for note in (*backend.notes(job.export.dtype, settings), *_legacy_notes(engine))]
+    ranks = ranks_asked_for(source.world_size, work.rank)
     source.check(ranks)
-    header = source.header | {"backend": backend.name, "limits": limits.to_json(), "runtime": backend.version()}
-    made_by = (code_fingerprint(), backend.name, backend.version())
+    header = source.header | {
+        "backend": backend.name,
+        "limits": settings.limits.to_json(),
+        "runtime": backend.version(),
+        **backend.header(),
+    }
+    made_by = (code_fingerprint(), backend.name, backend.version(), backend.identity(settings))
     keys = {r: _key(source, r, made_by, job) for r in ranks}
     with writing(output_dir, "engine", source.world_size, header) as writer:
         missing = [r for r in ranks if not writer.is_done(r, keys[r])]
@@ -100,19 +115,34 @@ def run_build(
         def commit(rank: int, result: tuple[dict[str, Path], dict[str, Any]]) -> None:
             staged, info = result
             writer.commit_rank(rank, keys[rank], staged, source.rank_info(rank) | info)
+            for note in info.get("engine", {}).get("notes", ()):
+                print(f"note: rank {rank}: {note}", file=sys.stderr)
 
-        task = _BuildRank(source.directory, output_dir, engine.backend, job.source, job.model)
-        run_ranks(task, missing, workers, "build", on_result=commit)
+        task = _BuildRank(source.directory, output_dir, engine.backend, job.source, job.model, settings)
+        run_ranks(task, missing, work.workers, "build", on_result=commit)
         _copy_tokenizer(job, writer)
-    notes = [f"note: {note}" for note in backend.notes(job.export.dtype)]
-    if engine.gemm_plugin not in ("auto", "disable"):
-        notes.append(
-            f"note: --gemm_plugin {engine.gemm_plugin}: backend {backend.name} has no plugins, so none is used"
-        )
     return notes
 
 
-def _key(source: Artifact, rank: int, made_by: tuple[str, ...], job: Job) -> str:
+def _legacy_notes(engine: EngineFlags) -> list[str]:
+    """What a script for TensorRT-LLM asks for and does not get."""
+    asked = {"moe_plugin": engine.moe_plugin, "gpt_attention_plugin": engine.gpt_attention_plugin}
+    notes = []
+    if engine.gemm_plugin in _PLUGIN_DTYPES:
+        reason = "has no plugins, so none is used"
+        if engine.backend == "tensorrt":
+            reason = "needs no plugin for matrix products and uses its own kernels"
+        notes.append(f"--gemm_plugin {engine.gemm_plugin}: backend {engine.backend} {reason}")
+    if engine.backend != "tensorrt":
+        notes += [
+            f"--{option} {value}: backend {engine.backend} has no plugins, so none is used"
+            for option, value in asked.items()
+            if value in _PLUGIN_DTYPES
+        ]
+    return notes
+
+
+def _key(source: Artifact, rank: int, made_by: tuple[Any, ...], job: Job) -> str:
     inputs = {name: record.sha256 for name, record in source.rank_files(rank).items()}
     return fingerprint("build", made_by, inputs, job.source)
 
@@ -141,6 +171,7 @@ class _BuildRank:
     backend: str
     identity: dict[str, Any]
     model: ModelConfig
+    settings: BuildSettings
 
     def __call__(self, rank: int, progress: ProgressFn) -> tuple[dict[str, Path], dict[str, Any]]:
         from moecompiler.dummy import open_source
@@ -149,8 +180,13 @@ class _BuildRank:
         program = load_program(self.source / f"rank{rank}.onnx")
         reader = open_source(self.identity, self.model)
         try:
-            staged = find_backend(self.backend).build(program, reader, f"rank{rank}", self.directory, progress)
+            staged = open_backend(self.backend).build(
+                program, reader, f"rank{rank}", self.directory, self.settings, progress
+            )
         except OverflowError as error:
             raise UserError(str(error)) from None
         weights = sum(recipe.nbytes for recipe in program.weights.values())
-        return staged, {"nodes": len(program.model.graph.node), "weight_bytes": weights}
+        info: dict[str, Any] = {"nodes": len(program.model.graph.node), "weight_bytes": weights}
+        if record := staged.get(f"rank{rank}.engine.json"):
+            info["engine"] = json.loads(record.read_text())
+        return staged, info

@@ -117,6 +117,7 @@ def validate_with(request: Request, artifact: Artifact, communicator: Communicat
     backend = open_backend(artifact.header["backend"])
     return validate_rank(
         artifact,
+        backend,
         RankPlace(job.model, job.mapping, job.export, communicator.rank),
         reader,
         scenarios,

@@ -133,6 +133,19 @@ class TensorRTSession:
         self._turn += 1
         return result
 
+    @property
+    def input_types(self) -> dict[str, np.dtype]:
+        """The dtype of every input that is not a weight."""
+        return {name: _TYPES[self._engine.get_tensor_dtype(name)] for name in self._inputs}
+
+    def call(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """See ``runtime.session.CallableSession``."""
+        self.start(len(feeds["position_ids"]))
+        self.write_caches(feeds)
+        missing = np.zeros(self._batch, np.int64)  # what only the last stage takes
+        result = self.run(feeds[self._main], feeds["position_ids"], feeds.get("last_token_ids", missing))
+        return {name: array.astype(np.float32) for name, array in ({self._output: result} | self.read_caches()).items()}
+
     def read_caches(self) -> dict[str, np.ndarray]:
         """The caches of the batch by the names of the graph's outputs, ``[batch, kv_heads, slots, head_dim]``."""
         arrays = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -24,3 +24,13 @@ class StageSession(Protocol):
 
         Returns ``logits [B, vocab]`` float32 on the last stage, else ``hidden_states [B, S, H]``. Updates the cache.
         """
+
+
+@runtime_checkable
+class CallableSession(StageSession, Protocol):
+    """A session whose engine can also be run on given inputs, caches among them, as validation does."""
+
+    input_types: dict[str, np.dtype]
+
+    def call(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One step on inputs by the graph's names: its outputs by theirs, float32."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import onnxruntime
 from polygraphy.backend.base import BaseRunner
-from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
@@ -57,16 +55,16 @@ class OutputReport:
 def compare_rank(
     rank: int,
     scenario: str,
-    session: onnxruntime.InferenceSession,
+    engine: BaseRunner,
+    types: Mapping[str, np.dtype],
     call_module: Callable[[Arrays], Arrays],
     records: Sequence[RankStep],
     tolerance: Tolerance,
 ) -> list[OutputReport]:
-    """Runs both of one rank on every step's inputs and compares all outputs. Its peers must do the same at the same time."""
+    """Runs both of one rank on every step's inputs (``types``: the engine's) and compares all outputs. Its peers must do the
+    same at the same time."""
     G_LOGGER.module_severity = G_LOGGER.CRITICAL  # what it would print is in the report
-    types = {value.name: value.type for value in session.get_inputs()}
-    feeds = [{name: as_engine_type(array, types[name]) for name, array in record.feeds.items()} for record in records]
-    engine = OnnxrtRunner(lambda: session, name=f"engine of rank {rank}")
+    feeds = [{name: rounded(array, types[name]) for name, array in record.feeds.items()} for record in records]
     module = ModuleRunner(call_module, feeds[0], name=f"torch module of rank {rank}")
     results = Comparator.run([engine, module], data_loader=feeds)
     widened = [(name, [_float32(iteration) for iteration in iterations]) for name, iterations in results]
@@ -121,3 +119,9 @@ def as_engine_type(array: np.ndarray, ort_type: str) -> np.ndarray:
     """What the engine takes: the reference's float32 is rounded where the engine has a narrower type."""
     wanted = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(int64)": np.int64}[ort_type]
     return np.ascontiguousarray(array, dtype=wanted)
+
+
+def rounded(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """An input as the engine takes it: rounded to its dtype; a dtype that numpy has not itself (bfloat16) is left in float32."""
+    value = np.ascontiguousarray(array, dtype=dtype)
+    return value if dtype.kind in "fi" else value.astype(np.float32)

@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from moecompiler.artifact import Artifact
-from moecompiler.backends.base import EngineLimits
-from moecompiler.backends.onnxruntime import OnnxRuntimeSession, open_session
+from moecompiler.backends.base import Backend
 from moecompiler.checkpoint import Source
 from moecompiler.reference import load_rank_module
 from moecompiler.runtime.communicator import Communicator
+from moecompiler.runtime.session import StageSession
+from moecompiler.validation.engines import open_engine
 from moecompiler.validation.localize import PartReport, localize
 from moecompiler.validation.quality import Quality, compare, engine_logits, hf_logits, load_hf
 from moecompiler.validation.reference_run import RankPlace, RankStep, call_module, run_reference
@@ -41,6 +42,7 @@ class Report:
 
 def validate_rank(
     artifact: Artifact,
+    backend: Backend,
     place: RankPlace,
     reader: Source,
     scenarios: Sequence[Scenario],
@@ -55,20 +57,28 @@ def validate_rank(
     something is out of tolerance on any rank (or ``every_part``), each part of the graph alone. Every rank gets the whole
     report."""
     module = load_rank_module(place.config, place.mapping, place.rank, place.options, reader, "float32")
-    session = open_session(artifact.path(f"rank{place.rank}.onnx"), threads)
+    engine = open_engine(artifact, backend, place.rank, threads)
     outputs: list[OutputReport] = []
     records: list[RankStep] = []
     for scenario in scenarios:
         steps = scenario.steps()[:_COMPARED_STEPS]
         mine = run_reference(module, place, steps, communicator)
         outputs += compare_rank(
-            place.rank, scenario.name, session, lambda feeds: call_module(module, place, feeds), mine, tolerance
+            place.rank,
+            scenario.name,
+            engine.runner,
+            engine.types,
+            lambda feeds: call_module(module, place, feeds),
+            mine,
+            tolerance,
         )
         records += mine[:1]
-    quality = _against_hf(artifact, place, reader, scenarios, tolerance, session, communicator) if against_hf else []
+    quality = (
+        _against_hf(artifact, place, reader, scenarios, tolerance, engine.stage, communicator) if against_hf else []
+    )
     mine_passed = all(each.passed for each in outputs) and all(each.passed for each in quality)
     parts: list[PartReport] = []
-    if every_part or not all(communicator.gather_objects(mine_passed)):
+    if (every_part or not all(communicator.gather_objects(mine_passed))) and engine.has_parts:
         parts = localize(artifact.directory, place, records, tolerance, communicator)
     gathered = communicator.gather_objects((outputs, parts))
     return Report(
@@ -89,12 +99,11 @@ def _against_hf(
     reader: Source,
     scenarios: Sequence[Scenario],
     tolerance: Tolerance,
-    session: Any,
+    stage: StageSession,
     communicator: Communicator,
 ) -> list[Quality]:
     """Every rank runs its engine; the first rank of the last stage compares, and tells all."""
     root = place.mapping.world_size - place.mapping.tp_size
-    stage = OnnxRuntimeSession(session, EngineLimits(**artifact.header["limits"]))
     logits = [engine_logits(stage, place.mapping, scenario, communicator) for scenario in scenarios]
     result: list[Quality] = []
     if communicator.rank == root:

@@ -58,7 +58,7 @@ def test_record_round_trip(tmp_path: Path) -> None:
 def test_damaged_records(text: str, tmp_path: Path) -> None:
     path = tmp_path / "rank0.engine.json"
     path.write_text(text)
-    with pytest.raises(UserError, match="is not the record of an engine: .*; build the engine anew"):
+    with pytest.raises(UserError, match=r"is not the record of an engine: .*; build the engine anew"):
         Record.load(path)
     with pytest.raises(UserError, match="cannot be read: No such file"):
         Record.load(tmp_path / "other.json")

@@ -1,0 +1,43 @@
+"""An engine as validation needs it: run on any inputs, caches among them, and as a session that generates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from polygraphy.backend.base import BaseRunner
+from polygraphy.backend.onnxrt import OnnxrtRunner
+
+from moecompiler.artifact import Artifact
+from moecompiler.backends.base import Backend, EngineLimits
+from moecompiler.runtime.session import CallableSession, StageSession
+from moecompiler.validation.runners import ModuleRunner
+
+_ORT_TYPES = {"tensor(float16)": "float16", "tensor(float)": "float32", "tensor(int64)": "int64"}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """``runner``: one step on given inputs, by the graph's names. ``types``: the dtype of each input. ``stage``: the same engine
+    behind the interface of generation. ``has_parts``: whether its graph can be run in parts."""
+
+    runner: BaseRunner
+    types: dict[str, np.dtype]
+    stage: StageSession
+    has_parts: bool
+
+
+def open_engine(artifact: Artifact, backend: Backend, rank: int, threads: int) -> Engine:
+    """A rank's engine, loaded once. Raises: UserError where it cannot run here."""
+    limits, stem = EngineLimits(**artifact.header["limits"]), f"rank{rank}"
+    name = f"engine of rank {rank}"
+    if backend.name == "onnxruntime":
+        from moecompiler.backends.onnxruntime import OnnxRuntimeSession, open_session
+
+        session = open_session(artifact.path(f"{stem}.onnx"), threads)
+        types = {value.name: np.dtype(_ORT_TYPES[value.type]) for value in session.get_inputs()}
+        return Engine(OnnxrtRunner(lambda: session, name=name), types, OnnxRuntimeSession(session, limits), True)
+    stage = backend.load(artifact.directory, stem, limits, threads, device=rank)
+    if not isinstance(stage, CallableSession):
+        raise TypeError(f"engines of backend {backend.name} cannot be run on given inputs")
+    return Engine(ModuleRunner(stage.call, {}, name), stage.input_types, stage, False)
