@@ -1,48 +1,36 @@
-"""The plugins of backend ``tensorrt``: which ops have one, and what of it is the op's own."""
+"""The plugins of backend ``tensorrt``: the ops whose tactics there are, and what of them TensorRT has to know."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from moecompiler.plugins.launch import TRITON_TYPES, Dims, Tactic
+from moecompiler.plugins.launch import TRITON_TYPES, Dims
 
 if TYPE_CHECKING:
     import onnx
 
     from moecompiler.ops import OpSpec
 
-Tactics = Callable[[str, Mapping[str, Any], Dims, str, int], Sequence[Tactic]]
-
 
 @dataclass(frozen=True)
 class PluginOp:
-    """``tactics(op, attributes, dims, dtype, sm)``: see ``launch``. ``aliases``: output → the input in whose place it is
-    written."""
+    """``aliases``: output → the input in whose place it is written."""
 
     spec: OpSpec
-    tactics: Tactics
     aliases: Mapping[int, int] = field(default_factory=dict)
 
 
 def plugin_ops() -> dict[str, PluginOp]:
     """Every op that has a plugin, by its name."""
     from moecompiler.config import NormalizationMode
-    from moecompiler.plugins.attention import launch as attention
     from moecompiler.plugins.attention.op import ATTENTION
-    from moecompiler.plugins.moe import launch as moe
     from moecompiler.plugins.moe.op import moe_spec
-    from moecompiler.plugins.rmsnorm import launch as rmsnorm
     from moecompiler.plugins.rmsnorm.op import ADD_RMS_NORM, RMS_NORM
 
-    anywhere = moe_spec(NormalizationMode.RENORMALIZE, 2)  # inputs and attributes are the same in every mode
-    ops = (
-        PluginOp(RMS_NORM, rmsnorm.tactics),
-        PluginOp(ADD_RMS_NORM, rmsnorm.tactics),
-        PluginOp(ATTENTION, attention.tactics, {1: 6, 2: 7}),
-        PluginOp(anywhere, moe.tactics),
-    )
+    anyhow = moe_spec(NormalizationMode.RENORMALIZE, 2)  # inputs and attributes are the same in every mode
+    ops = (PluginOp(RMS_NORM), PluginOp(ADD_RMS_NORM), PluginOp(ATTENTION, {1: 6, 2: 7}), PluginOp(anyhow))
     return {op.spec.name: op for op in ops}
 
 
@@ -53,13 +41,14 @@ class TensorRTPlugins:
         """Why no plugin can stand for this node; None where one can."""
         import onnx
 
-        op = plugin_ops().get(node.op_type)
-        if op is None:
+        from moecompiler.plugins.tactics import tactics
+
+        if node.op_type not in plugin_ops():
             return "there is no plugin for it"
         if dtype not in TRITON_TYPES:
             return f"its plugin has no kernels for {dtype}"
         attributes = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
-        if not op.tactics(node.op_type, attributes, dims, dtype, sm):
+        if not tactics(node.op_type, attributes, dims, dtype, sm):
             return f"its plugin has no kernels for SM {sm} and inputs of {', '.join(map(str, dims))}"
         return None
 

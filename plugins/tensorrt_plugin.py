@@ -23,6 +23,7 @@ from moecompiler.plugins.driver import Function, load, run
 from moecompiler.plugins.fields import CUBINS, PLAN, Baked, BakedTactic, fingerprint, pack, unpack
 from moecompiler.plugins.launch import Cubin, Dims, Kernel, Tactic, scratch_bytes
 from moecompiler.plugins.library import PluginOp
+from moecompiler.plugins.tactics import tactics
 from moecompiler.runtime.device import checked, driver
 
 _TYPES = {trt.DataType.HALF: "float16", trt.DataType.BF16: "bfloat16", trt.DataType.FLOAT: "float32"}
@@ -152,9 +153,7 @@ class FusedOp(*_BASES):  # type: ignore[misc]
         Raises: UserError where the engine holds other kernels than this version's plans are for.
         """
         baked = self.baked
-        now = {
-            each.name: each for each in self.op.tactics(baked.op, baked.attributes, baked.dims, baked.dtype, baked.sm)
-        }
+        now = {each.name: each for each in tactics(baked.op, baked.attributes, baked.dims, baked.dtype, baked.sm)}
         for kept in baked.tactics:
             if kept.name not in now or fingerprint(now[kept.name].kernels) != kept.kernels:
                 raise UserError(
@@ -174,12 +173,11 @@ class FusedOp(*_BASES):  # type: ignore[misc]
 
     def _bake(self, dims: Dims, dtype: str, sm: int) -> None:
         """Compiles every tactic's kernels for these shapes."""
-        tactics = self.op.tactics(self.baked.op, self.baked.attributes, dims, dtype, sm)
         compiled = tuple(
             BakedTactic(
                 each.name, fingerprint(each.kernels), tuple(self.modules.cubin(kernel, sm) for kernel in each.kernels)
             )
-            for each in tactics
+            for each in tactics(self.baked.op, self.baked.attributes, dims, dtype, sm)
         )
         self.baked = replace(self.baked, dims=dims, dtype=dtype, sm=sm, tactics=compiled)
         for name in ("_tactics", "_ready"):
