@@ -36,9 +36,6 @@ def heads(projection: str) -> Op:
     return Op("Transpose", (Op("Reshape", (Var(projection),)),), name=f"{projection}_heads", test=permutes(0, 2, 1, 3))
 
 
-_MINUS_ONE = Const("minus_one", "-1", lambda value: value.size == 1 and float(value.item()) == -1)
-
-
 def rotated(projection: str) -> Op:
     """``x * cos + rotate_half(x) * sin``. Every ``x`` is the same node, by its name; that the halves are the halves is for
     ``halves_differ`` to see."""
@@ -47,13 +44,16 @@ def rotated(projection: str) -> Op:
     split = tuple(
         Op("Split", (whole,), name=f"{projection}_split", output=output, test=along_axis(-1)) for output in (0, 1)
     )
-    turned = OneOf(tuple(Op("Concat", (_negated(high), low), test=along_axis(-1)) for low, high in (sliced, split)))
+    turned = OneOf(
+        tuple(Op("Concat", (_negated(high, projection), low), test=along_axis(-1)) for low, high in (sliced, split))
+    )
     straight = Op("Mul", (whole, Var("cos")), commutative=True)
     return Op("Add", (straight, Op("Mul", (turned, Var("sin")), commutative=True)), commutative=True)
 
 
-def _negated(of: Pattern) -> Pattern:
-    return OneOf((Op("Neg", (of,)), Op("Mul", (of, _MINUS_ONE), commutative=True)))
+def _negated(of: Pattern, name: str) -> Pattern:
+    minus_one = Const(f"{name}_minus_one", "-1", lambda value: value.size == 1 and float(value.item()) == -1)
+    return OneOf((Op("Neg", (of,)), Op("Mul", (of, minus_one), commutative=True)))
 
 
 def writes_cache(nodes: Sequence[gs.Node]) -> bool:

@@ -34,7 +34,7 @@ def axes_are(*expected: int) -> Callable[[gs.Node], str | None]:
         values = small_constant(node.inputs[1]) if len(node.inputs) > 1 else None
         axes = None if values is None else values.reshape(-1).tolist()
         if shape is not None and axes is not None:
-            same = [axis % len(shape) for axis in axes] == [axis % len(shape) for axis in expected]
+            same = {axis % len(shape) for axis in axes} == {axis % len(shape) for axis in expected}
         else:
             same = axes == list(expected)
         return None if same else f"its axes are {axes}, not {list(expected)}"
