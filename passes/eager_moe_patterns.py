@@ -160,9 +160,14 @@ def _steps_of(last: Match) -> list[Match] | str:
 
 
 def _column_differs(taken: gs.Node) -> str | None:
-    column = taken.inputs[0].shape
-    right = column is not None and (len(column) == 1 or (len(column) == 2 and column[1] == 1))
-    return None if right else f"{taken.name} takes weights out of shape {column}, not one column"
+    column = taken.inputs[0]
+    flatten = producer_of(column)
+    if flatten is not None and flatten.op == "Flatten":  # its axis says it; shape inference may not
+        beyond = list(flatten.inputs[0].shape or ())[flatten.attrs.get("axis", 1) :]
+    else:
+        beyond = list(column.shape or (0, 0))[1:]
+    right = all(size == 1 for size in beyond)
+    return None if right else f"{taken.name} takes weights out of {column.name}, which is not one column"
 
 
 def _at(miss: Miss) -> str:
