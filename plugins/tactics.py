@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moecompiler.plugins.attention import launch as attention
 from moecompiler.plugins.launch import Dims, Tactic
 from moecompiler.plugins.moe import launch as moe
 from moecompiler.plugins.rmsnorm import launch as rmsnorm
 
-_OPS = {"RMSNorm": rmsnorm, "AddRMSNorm": rmsnorm, "MoE": moe}
+_OPS = {"RMSNorm": rmsnorm, "AddRMSNorm": rmsnorm, "MoE": moe, "Attention": attention}
 
 
 def tactics(op: str, attributes: Mapping[str, Any], dims: Dims, dtype: str, sm: int) -> tuple[Tactic, ...]:

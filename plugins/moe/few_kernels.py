@@ -77,7 +77,7 @@ def _hit(
     chosen, which, tokens,
     LOCAL: tl.constexpr, L_BLOCK: tl.constexpr, TOP_K: tl.constexpr, K_BLOCK: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """The ``which``-th of the local experts that any token has chosen (-1 if there are not so many), and whose tokens: bool [M]."""
+    """The ``which``-th of the local experts that any token has chosen (-1 if there are not so many), and its tokens: bool [M]."""
     token = tl.arange(0, M)[:, None]
     k = tl.arange(0, K_BLOCK)[None, :]
     picks = tl.load(chosen + token * TOP_K + k, mask=(token < tokens) & (k < TOP_K), other=-1)

@@ -88,9 +88,9 @@ def route(
     THRESHOLD: tl.constexpr, E_BLOCK: tl.constexpr, L_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, H_BLOCK: tl.constexpr,
     T_BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
-    """``x [T, H]``, ``router [E, H]``, ``expert_ids [L]`` → ``chosen [T, K]``, the local index of each chosen expert or -1 where it
-    is another rank's; ``weights [T, K]`` float32; and with ``T_BLOCK`` > 1 ``counts [programs, L_BLOCK]``, the rows per local
-    expert in each program's ``T_BLOCK`` tokens."""
+    """``x [T, H]``, ``router [E, H]``, ``expert_ids [L]`` → ``chosen [T, K]``, the local index of each chosen expert or -1 where
+    it is another rank's; ``weights [T, K]`` float32; and with ``T_BLOCK`` > 1 ``counts [programs, L_BLOCK]``, the rows per
+    local expert in each program's ``T_BLOCK`` tokens."""
     if OVERLAPPED:
         tl.extra.cuda.gdc_launch_dependents()
     first_token = tl.program_id(0) * T_BLOCK
@@ -123,8 +123,8 @@ def place(
     HIDDEN: tl.constexpr, TOP_K: tl.constexpr, L_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr, A_BLOCK: tl.constexpr,
     H_BLOCK: tl.constexpr, M: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
-    """Sorts rows by expert: ``rows [T, K]`` is each routed row's place in ``sorted_x`` (-1: another rank's), ``totals [L_BLOCK]`` the
-    rows per expert. An expert's rows begin at a multiple of ``M``, in the order of tokens, so the result is always the same.
+    """Sorts rows by expert: ``rows [T, K]`` is each routed row's place in ``sorted_x`` (-1: another rank's), ``totals [L_BLOCK]``
+    the rows per expert. An expert's rows begin at a multiple of ``M``, in the order of tokens: the result is always the same.
 
     Program (i, j) moves columns ``j * H_BLOCK`` on of the tokens that program i of ``route`` has counted; ``blocks`` are route's
     programs, ``A_BLOCK`` the power of two that holds ``T_BLOCK * K``.

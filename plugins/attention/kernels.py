@@ -1,0 +1,240 @@
+"""Causal grouped-query attention over a KV cache that is written in place, with rotary embedding.
+
+Shapes: B batch, S new tokens, N query heads, KV key-value heads, G = N / KV, D head size, SLOTS of the cache; ``D_BLOCK`` is
+the power of two that holds D. Softmax runs in base 2: ``scale`` is the op's times log2(e).
+
+Decode: the cache's slots are divided among programs (Dao et al. 2023, Flash-Decoding), whose parts are then merged.
+Prefill: FlashAttention-2 (Dao 2023, arXiv:2307.08691).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _rotated(x, cos, sin, column, there, D: tl.constexpr):
+    """``x * cos + rotate_half(x) * sin`` of the heads at ``x``, whose last axis ``column`` indexes; float32."""
+    half: tl.constexpr = D // 2
+    turned = tl.where(column < half, column + half, column - half)
+    straight = tl.load(x + column, mask=there, other=0.0).to(tl.float32)
+    other = tl.load(x + turned, mask=there, other=0.0).to(tl.float32)
+    other = tl.where(column < half, -other, other)
+    return straight * tl.load(cos + column, mask=there, other=0.0) + other * tl.load(
+        sin + column, mask=there, other=0.0
+    )
+
+
+@triton.jit
+def decode(
+    query, key, value, cos, sin, position_ids, keys, values, output, mixed, sums, slots, scale, parts,
+    N: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr, G_BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr, T_BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
+):  # fmt: skip
+    """One new token per sequence. Program (p, h, b) does the p-th part of key-value head h's visible slots in sequence b, and the
+    first part also writes and sees the new token. With ``parts`` = 1 it gives ``output [B, 1, N * D]``, else its unfinished
+    part: ``mixed [B, N, parts, D]`` and ``sums [B, N, parts, 2]``, the running maximum and sum of the softmax, float32."""
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_launch_dependents()
+    part = tl.program_id(0)
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    G: tl.constexpr = N // KV
+    column = tl.arange(0, D_BLOCK)
+    group = tl.arange(0, G_BLOCK)
+    slot = tl.arange(0, T_BLOCK)
+    inside = column < D
+    position = tl.load(position_ids + batch).to(tl.int32)
+    oldest = 0
+    if WINDOW > 0:
+        oldest = tl.maximum(position - WINDOW + 1, 0)
+    before = tl.minimum(position, slots)
+    share = (before - oldest + parts * T_BLOCK - 1) // (parts * T_BLOCK) * T_BLOCK
+    first = oldest + part * share
+    last = tl.minimum(first + share, before)
+
+    cos_row = cos + batch * D
+    sin_row = sin + batch * D
+    rows = query + (batch * N + head * G + group)[:, None] * D
+    heads = (group < G)[:, None] & inside[None, :]
+    q = _rotated(rows, cos_row, sin_row, column[None, :], heads, D).to(query.dtype.element_ty)
+
+    cache = (batch * KV + head).to(tl.int64) * slots * D
+    highest = tl.full([G_BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([G_BLOCK], tl.float32)
+    mix = tl.zeros([G_BLOCK, D_BLOCK], tl.float32)
+    if part == 0:
+        new = (batch * KV + head) * D
+        new_key = _rotated(key + new, cos_row, sin_row, column, inside, D).to(keys.dtype.element_ty)
+        new_value = tl.load(value + new + column, mask=inside, other=0.0)
+        written = inside & (position >= 0) & (position < slots)
+        tl.store(keys + cache + position.to(tl.int64) * D + column, new_key, mask=written)
+        tl.store(values + cache + position.to(tl.int64) * D + column, new_value, mask=written)
+        highest = tl.sum(q.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
+        total += 1.0
+        mix += new_value.to(tl.float32)[None, :]
+    key_tiles = keys + cache + column[:, None] + slot[None, :] * D
+    value_tiles = values + cache + slot[:, None] * D + column[None, :]
+    for start in range(first, last, T_BLOCK):
+        seen = start + slot < last
+        k = tl.load(key_tiles + start * D, mask=inside[:, None] & seen[None, :], other=0.0)
+        v = tl.load(value_tiles + start * D, mask=seen[:, None] & inside[None, :], other=0.0)
+        scores = tl.where(seen[None, :], tl.dot(q, k) * scale, float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        shares = tl.exp2(scores - higher[:, None])
+        fading = tl.exp2(highest - higher)
+        total = total * fading + tl.sum(shares, 1)
+        mix = tl.dot(shares.to(v.dtype), v, mix * fading[:, None])
+        highest = higher
+
+    index = batch * N + head * G + group
+    if parts == 1:
+        mix = mix / total[:, None]
+        tl.store(output + index[:, None] * D + column[None, :], mix.to(output.dtype.element_ty), mask=heads)
+    else:
+        at = index * parts + part
+        tl.store(mixed + at[:, None] * D + column[None, :], mix, mask=heads)
+        tl.store(sums + at * 2, highest, mask=group < G)
+        tl.store(sums + at * 2 + 1, total, mask=group < G)
+
+
+@triton.jit
+def merge(
+    mixed, sums, output, parts,
+    D: tl.constexpr, D_BLOCK: tl.constexpr, P_BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
+):  # fmt: skip
+    """``mixed [rows, parts, D]``, ``sums [rows, parts, 2]`` → ``output [rows, D]``, one program per row, a row being a head of a
+    sequence."""
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0)
+    part = tl.arange(0, P_BLOCK)
+    column = tl.arange(0, D_BLOCK)
+    there = part < parts
+    at = row * parts + part
+    highest = tl.load(sums + at * 2, mask=there, other=float("-inf"))
+    total = tl.load(sums + at * 2 + 1, mask=there, other=0.0)
+    mask = there[:, None] & (column < D)[None, :]
+    mix = tl.load(mixed + at[:, None] * D + column[None, :], mask=mask, other=0.0)
+    fading = tl.exp2(highest - tl.max(highest, 0))
+    result = tl.sum(mix * fading[:, None], 0) / tl.sum(total * fading, 0)
+    tl.store(output + row * D + column, result.to(output.dtype.element_ty), mask=column < D)
+
+
+@triton.jit
+def append(
+    key, value, cos, sin, position_ids, keys, values, length, slots,
+    KV: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr, S_BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
+):  # fmt: skip
+    """Writes the new tokens' rotated keys and their values into the cache. Program (i, h, b): ``S_BLOCK`` tokens of a head."""
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_launch_dependents()
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    token = tl.program_id(0) * S_BLOCK + tl.arange(0, S_BLOCK)
+    column = tl.arange(0, D_BLOCK)[None, :]
+    there = (token < length)[:, None] & (column < D)
+    row = batch.to(tl.int64) * length + token
+    position = tl.load(position_ids + row, mask=token < length, other=-1)
+    new = (row * KV + head)[:, None] * D
+    angles = row[:, None] * D
+    rotated = _rotated(key + new, cos + angles, sin + angles, column, there, D)
+    at = ((batch * KV + head).to(tl.int64) * slots + position)[:, None] * D + column
+    written = there & ((position >= 0) & (position < slots))[:, None]
+    tl.store(keys + at, rotated.to(keys.dtype.element_ty), mask=written)
+    tl.store(values + at, tl.load(value + new + column, mask=there, other=0.0), mask=written)
+
+
+@triton.jit
+def _attend(
+    q, mix, total, highest, position, first, last, key_tiles, value_tiles, slots, scale,
+    D: tl.constexpr, D_BLOCK: tl.constexpr, WINDOW: tl.constexpr, T_BLOCK: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Goes on with a tile's softmax over the slots from ``first`` to ``last``; without ``MASKED`` all of them are seen."""
+    slot = tl.arange(0, T_BLOCK)
+    inside = tl.arange(0, D_BLOCK) < D
+    for start in range(first, last, T_BLOCK):
+        at = start * D
+        if MASKED:
+            here = start + slot < slots
+            k = tl.load(key_tiles + at, mask=inside[:, None] & here[None, :], other=0.0)
+            v = tl.load(value_tiles + at, mask=here[:, None] & inside[None, :], other=0.0)
+        elif D == D_BLOCK:
+            k = tl.load(key_tiles + at)
+            v = tl.load(value_tiles + at)
+        else:
+            k = tl.load(key_tiles + at, mask=inside[:, None], other=0.0)
+            v = tl.load(value_tiles + at, mask=inside[None, :], other=0.0)
+        scores = tl.dot(q, k)
+        if MASKED:
+            seen = (start + slot)[None, :] <= position[:, None]
+            if WINDOW > 0:
+                seen = seen & ((start + slot)[None, :] > position[:, None] - WINDOW)
+            scores = tl.where(seen, scores, float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, 1) * scale)
+        # a row that has seen nothing yet has no maximum
+        base = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher
+        shares = tl.exp2(scores * scale - base[:, None])
+        fading = tl.exp2(highest - base)
+        total = total * fading + tl.sum(shares, 1)
+        mix = tl.dot(shares.to(v.dtype), v, mix * fading[:, None])
+        highest = higher
+    return mix, total, highest
+
+
+@triton.jit
+def prefill(
+    query, cos, sin, position_ids, keys, values, output, length, slots, scale,
+    N: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr, WINDOW: tl.constexpr,
+    S_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
+):  # fmt: skip
+    """``query [B, S, N * D]`` over a cache that holds the new tokens → ``output [B, S, N * D]``. Program (i, h, b): ``S_BLOCK``
+    tokens of a head, the last tokens first, since they see most. Positions may be any."""
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    token = block * S_BLOCK + tl.arange(0, S_BLOCK)
+    column = tl.arange(0, D_BLOCK)
+    slot = tl.arange(0, T_BLOCK)
+    row = batch.to(tl.int64) * length + token
+    there = token < length
+    # rows past the end see what the first row sees, and are not written
+    position = tl.load(position_ids + tl.where(there, row, batch.to(tl.int64) * length + block * S_BLOCK))
+    position = tl.minimum(position, slots - 1).to(tl.int32)
+    mask = there[:, None] & (column < D)[None, :]
+    at = (row * N + head)[:, None] * D
+    angles = row[:, None] * D
+    q = _rotated(query + at, cos + angles, sin + angles, column[None, :], mask, D).to(query.dtype.element_ty)
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_wait()
+
+    cache = (batch * KV + head // (N // KV)).to(tl.int64) * slots * D
+    key_tiles = keys + cache + column[:, None] + slot[None, :] * D
+    value_tiles = values + cache + slot[:, None] * D + column[None, :]
+    mix = tl.zeros([S_BLOCK, D_BLOCK], tl.float32)
+    total = tl.zeros([S_BLOCK], tl.float32)
+    highest = tl.full([S_BLOCK], float("-inf"), tl.float32)
+    lowest_position = tl.min(position, 0)
+    end = tl.minimum(tl.max(position, 0) + 1, slots)
+    first = 0
+    # whole blocks that every row sees lie from `open` to `full`
+    full = tl.maximum(lowest_position + 1, 0) // T_BLOCK * T_BLOCK
+    open = 0
+    if WINDOW > 0:
+        first = tl.maximum(lowest_position - WINDOW + 1, 0) // T_BLOCK * T_BLOCK
+        open = tl.minimum((tl.maximum(end - WINDOW, 0) + T_BLOCK - 1) // T_BLOCK * T_BLOCK, full)
+        open = tl.maximum(open, first)
+        full = tl.maximum(full, open)
+        mix, total, highest = _attend(
+            q, mix, total, highest, position, first, open, key_tiles, value_tiles, slots, scale,
+            D, D_BLOCK, WINDOW, T_BLOCK, True,
+        )  # fmt: skip
+    mix, total, highest = _attend(
+        q, mix, total, highest, position, open, full, key_tiles, value_tiles, slots, scale,
+        D, D_BLOCK, WINDOW, T_BLOCK, False,
+    )  # fmt: skip
+    mix, total, highest = _attend(
+        q, mix, total, highest, position, full, end, key_tiles, value_tiles, slots, scale,
+        D, D_BLOCK, WINDOW, T_BLOCK, True,
+    )  # fmt: skip
+    mix = mix / total[:, None]
+    tl.store(output + at + column[None, :], mix.to(output.dtype.element_ty), mask=mask)

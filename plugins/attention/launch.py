@@ -1,0 +1,175 @@
+"""Plans of ``Attention``: decode for one new token per sequence, prefill for more."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from moecompiler.plugins.launch import (
+    TRITON_TYPES,
+    Arena,
+    Dims,
+    Input,
+    Kernel,
+    Launch,
+    Output,
+    multiprocessors,
+    power_of_two,
+    shared_memory,
+)
+
+_MODULE = "moecompiler.plugins.attention.kernels"
+_APPENDED_TOKENS = 16  # per program
+_DECODE, _MERGE, _APPEND, _PREFILL = range(4)  # of a tactic's kernels
+_QUERY, _KEY, _VALUE, _COS, _SIN, _POSITIONS, _PAST_KEY = (Input(i) for i in range(7))
+_OUTPUT, _KEYS, _VALUES = (Output(i) for i in range(3))
+
+
+@dataclass(frozen=True)
+class DecodeTiles:
+    """``slots`` of the cache at a time; slots are divided until there are ``programs`` per multiprocessor."""
+
+    slots: int = 64
+    stages: int = 3
+    warps: int = 4
+    programs: int = 2
+    max_parts: int = 32
+
+
+@dataclass(frozen=True)
+class PrefillTiles:
+    """``tokens`` per program, ``slots`` of the cache at a time."""
+
+    tokens: int = 128
+    slots: int = 128
+    stages: int = 2
+    warps: int = 8
+
+
+@dataclass(frozen=True)
+class AttentionTactic:
+    """The cache is read and written through the outputs: they are aliased to the inputs ``past_key`` and ``past_value``."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int
+    dtype: str
+    sm: int
+    decode: DecodeTiles
+    prefill: PrefillTiles
+
+    @cached_property
+    def kernels(self) -> tuple[Kernel, ...]:
+        sizes = {
+            "N": self.heads,
+            "KV": self.kv_heads,
+            "D": self.head_dim,
+            "D_BLOCK": self._block,
+            "WINDOW": self.window,
+        }
+        decode = {
+            **sizes,
+            "G_BLOCK": max(16, power_of_two(self.heads // self.kv_heads)),
+            "T_BLOCK": self.decode.slots,
+        }
+        prefill = {**sizes, "S_BLOCK": self.prefill.tokens, "T_BLOCK": self.prefill.slots}
+        merge = {"D": self.head_dim, "D_BLOCK": self._block, "P_BLOCK": self.decode.max_parts}
+        append = {key: sizes[key] for key in ("KV", "D", "D_BLOCK")} | {"S_BLOCK": _APPENDED_TOKENS}
+        inputs = "query:T key:T value:T cos:T sin:T position_ids:L keys:T values:T"
+        row_bytes = 2 * 2 * self._block  # of a key and its value
+        decode_stages = self._stages(self.decode.stages, row_bytes * self.decode.slots)
+        prefill_stages = self._stages(
+            self.prefill.stages, row_bytes * self.prefill.slots, 2 * self._block * self.prefill.tokens
+        )
+        return (
+            self._kernel(
+                "decode",
+                f"{inputs} output:T mixed:F sums:F slots:i32 scale:fp32 parts:i32",
+                decode,
+                self.decode.warps,
+                decode_stages,
+            ),
+            self._kernel("merge", "mixed:F sums:F output:T parts:i32", merge, 4),
+            self._kernel("append", f"{inputs.removeprefix('query:T ')} length:i32 slots:i32", append, 4),
+            self._kernel(
+                "prefill",
+                "query:T cos:T sin:T position_ids:L keys:T values:T output:T length:i32 slots:i32 scale:fp32",
+                prefill,
+                self.prefill.warps,
+                prefill_stages,
+            ),
+        )
+
+    def workspace(self, dims: Dims) -> int:
+        arena, (batch, _, _) = Arena(), dims[0]
+        # fewer sequences may be divided into more parts, so what the plan for `batch` takes is not the bound
+        rows = self.heads * max(count * self._parts(count) for count in range(1, max(1, batch) + 1))
+        arena.take(4 * rows * self.head_dim)
+        arena.take(8 * rows)
+        return arena.size
+
+    def launches(self, dims: Dims) -> tuple[Launch, ...]:
+        (batch, length, _), slots = dims[0], dims[6][2]
+        if not batch or not length:
+            return ()
+        scale = self.scale * math.log2(math.e)
+        if length > 1:
+            append = (_KEY, _VALUE, _COS, _SIN, _POSITIONS, _KEYS, _VALUES, length, slots)
+            attend = (_QUERY, _COS, _SIN, _POSITIONS, _KEYS, _VALUES, _OUTPUT, length, slots, scale)
+            tiles = -(-length // self.prefill.tokens)
+            return (
+                Launch(_APPEND, (-(-length // _APPENDED_TOKENS), self.kv_heads, batch), append),
+                Launch(_PREFILL, (tiles, self.heads, batch), attend, self._overlapped),
+            )
+        parts, arena = self._parts(batch), Arena()
+        rows = batch * self.heads * parts
+        mixed, sums = arena.take(4 * rows * self.head_dim), arena.take(8 * rows)
+        inputs = (_QUERY, _KEY, _VALUE, _COS, _SIN, _POSITIONS, _KEYS, _VALUES)
+        decode = Launch(_DECODE, (parts, self.kv_heads, batch), (*inputs, _OUTPUT, mixed, sums, slots, scale, parts))
+        if parts == 1:
+            return (decode,)
+        merge = Launch(_MERGE, (batch * self.heads, 1, 1), (mixed, sums, _OUTPUT, parts), self._overlapped)
+        return (decode, merge)
+
+    @property
+    def _overlapped(self) -> bool:
+        return self.sm >= 90
+
+    @property
+    def _block(self) -> int:
+        return max(16, power_of_two(self.head_dim))
+
+    def _parts(self, batch: int) -> int:
+        """Among how many programs a sequence's slots are divided."""
+        wanted = self.decode.programs * multiprocessors(self.sm) // (batch * self.kv_heads)
+        return max(1, min(self.decode.max_parts, wanted))
+
+    def _stages(self, wanted: int, stage: int, kept: int = 0) -> int:
+        return max(1, min(wanted, (shared_memory(self.sm) - kept - 8192) // stage))
+
+    def _kernel(self, function: str, types: str, constants: Mapping[str, Any], warps: int, stages: int = 1) -> Kernel:
+        """``types`` lists arguments as ``name:type``, ``T`` standing for a pointer to the node's own type."""
+        named = (item.split(":", 1) for item in types.split())
+        kinds = {"T": f"*{TRITON_TYPES[self.dtype]}:16", "F": "*fp32:16", "L": "*i64:16"}
+        signature = tuple((name, kinds.get(kind, kind)) for name, kind in named)
+        all_constants = (*constants.items(), ("OVERLAPPED", self._overlapped))
+        return Kernel(_MODULE, function, signature, all_constants, warps, stages)
+
+
+def tactics(op: str, attributes: Mapping[str, Any], dims: Dims, dtype: str, sm: int) -> tuple[AttentionTactic, ...]:
+    """Of ``dims`` only the cache's head size has to be known. None for float32 and for head sizes that are odd or over 256."""
+    head_dim = dims[6][3]
+    if dtype not in ("float16", "bfloat16") or head_dim % 2 or head_dim > 256:
+        return ()
+    heads, kv_heads = attributes["num_heads"], attributes["num_kv_heads"]
+    scale, window = attributes["scale"], attributes["window"]
+    tactic = AttentionTactic(
+        "tiled", heads, kv_heads, head_dim, scale, window, dtype, sm, DecodeTiles(), PrefillTiles()
+    )
+    return (tactic,)
