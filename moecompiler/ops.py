@@ -67,8 +67,11 @@ class OpSpec:
 
 
 def add_function(model: onnx.ModelProto, spec: OpSpec) -> None:
-    """Puts the op's function into the file, once, and declares its domain."""
+    """Puts the op's function into the file, once, at the file's opset, and declares its domain."""
     if not any(function.name == spec.name and function.domain == DOMAIN for function in model.functions):
-        model.functions.append(spec.function())
+        function = spec.function()
+        for imported in function.opset_import:  # a file may not mix opsets
+            imported.version = next((each.version for each in model.opset_import if each.domain == ""), OPSET)
+        model.functions.append(function)
     if not any(opset.domain == DOMAIN for opset in model.opset_import):
         model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))
