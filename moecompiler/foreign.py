@@ -84,6 +84,13 @@ def open_foreign(path: Path) -> tuple[Program, OnnxReader]:
     return Program(infer_symbolic_shapes(model), weights), reader
 
 
+def has_scopes(nodes: Iterable[onnx.NodeProto]) -> bool:
+    """Whether an exporter of torch said of any node which modules it comes from."""
+    return any(
+        _TRACED_NAME.fullmatch(node.name) or any(each.key == SCOPES for each in node.metadata_props) for node in nodes
+    )
+
+
 def name_after_modules(nodes: Iterable[onnx.NodeProto]) -> None:
     """Gives each node the name ``module/op_number``, the module empty where the exporter said none.
 
