@@ -26,7 +26,7 @@ from moecompiler.runtime.device import Buffer, Device, Graph, HostBuffer, Stream
 from moecompiler.runtime.weight_loading import load_weights
 from moecompiler.weights import NUMPY_DTYPES, Shape
 
-_TYPES = {
+TENSOR_TYPES = {
     trt.DataType.FLOAT: NUMPY_DTYPES["float32"],
     trt.DataType.HALF: NUMPY_DTYPES["float16"],
     trt.DataType.BF16: NUMPY_DTYPES["bfloat16"],
@@ -136,7 +136,7 @@ class TensorRTSession:
     @property
     def input_types(self) -> dict[str, np.dtype]:
         """The dtype of every input that is not a weight."""
-        return {name: _TYPES[self._engine.get_tensor_dtype(name)] for name in self._inputs}
+        return {name: TENSOR_TYPES[self._engine.get_tensor_dtype(name)] for name in self._inputs}
 
     def call(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """See ``runtime.session.CallableSession``."""
@@ -209,7 +209,7 @@ class TensorRTSession:
 
     def _upload(self, feeds: dict[str, np.ndarray], rows: int) -> None:
         for name in self._small:
-            array, dtype = feeds[name], _TYPES[self._engine.get_tensor_dtype(name)]
+            array, dtype = feeds[name], TENSOR_TYPES[self._engine.get_tensor_dtype(name)]
             shape = (rows, *array.shape[1:])
             count = int(np.prod(shape)) * dtype.itemsize
             staged = self._step.staging[name].array[:count].view(dtype).reshape(shape)
@@ -220,7 +220,7 @@ class TensorRTSession:
     def _download(self, context: Any, rows: int) -> np.ndarray:
         shape, dtype = (
             tuple(context.get_tensor_shape(self._output)),
-            _TYPES[self._engine.get_tensor_dtype(self._output)],
+            TENSOR_TYPES[self._engine.get_tensor_dtype(self._output)],
         )
         count = int(np.prod(shape)) * dtype.itemsize
         staged = self._step.staging[self._output].array[:count].view(dtype).reshape(shape)
@@ -246,7 +246,7 @@ class TensorRTSession:
     def _make_cache(self, source: str, aliases: Mapping[str, str]) -> _Cache:
         output = source.replace(_CACHE, "present.")
         shape = (self.max_batch_size, *self._engine.get_tensor_shape(source)[1:])
-        dtype = _TYPES[self._engine.get_tensor_dtype(source)]
+        dtype = TENSOR_TYPES[self._engine.get_tensor_dtype(source)]
         nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         count = 1 if aliases.get(output) == source else 2
         return _Cache(source, output, shape, dtype, [Buffer(nbytes, "the KV cache") for _ in range(count)])
@@ -257,7 +257,7 @@ class TensorRTSession:
         sizes = (self._prefill_rows, self.max_input_len), (self.max_batch_size, 1)
         for name in (*self._small, self._output):
             shape = tuple(self._engine.get_tensor_shape(name))
-            itemsize = _TYPES[self._engine.get_tensor_dtype(name)].itemsize
+            itemsize = TENSOR_TYPES[self._engine.get_tensor_dtype(name)].itemsize
             nbytes = max(int(np.prod(_filled(shape, each), dtype=np.int64)) for each in sizes) * itemsize
             step.inputs[name], step.staging[name] = Buffer(nbytes), HostBuffer(nbytes)
         return step

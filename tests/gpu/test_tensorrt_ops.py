@@ -1,0 +1,214 @@
+"""Plugins in TensorRT engines compute what their ops' bodies compute, at irregular shapes, and run where Triton cannot be
+imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from moecompiler.config import NormalizationMode
+from moecompiler.graph import DOMAIN, IR_VERSION, OPSET, Program
+from moecompiler.ops import OpSpec, add_function
+from moecompiler.plugins.attention.op import ATTENTION
+from moecompiler.plugins.moe.op import moe_spec
+from moecompiler.plugins.rmsnorm.op import ADD_RMS_NORM, RMS_NORM
+from moecompiler.weights import NUMPY_DTYPES
+
+pytestmark = pytest.mark.gpu
+_ONNX = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16, "float32": TensorProto.FLOAT}
+# relative norm of an output's error against the body in float32
+BOUNDS = {"float16": 3e-3, "bfloat16": 2.5e-2}
+DTYPES = pytest.mark.parametrize("dtype", BOUNDS)
+
+
+def program(spec: OpSpec, attributes: Mapping[str, Any], sizes: Mapping[str, int], dtype: str) -> Program:
+    """One node; dims that are not in ``sizes`` are free."""
+
+    def info(value: Any) -> onnx.ValueInfoProto:
+        dims = ["batch", "sequence", *value.dims[1:]] if value.dims[0] == "..." else value.dims
+        known = [int(dim) if dim.isdigit() else sizes.get(dim, dim) for dim in dims]
+        return helper.make_tensor_value_info(
+            value.name, TensorProto.INT64 if value.type == "int64" else _ONNX[dtype], known
+        )
+
+    names = [[value.name for value in values] for values in (spec.inputs, spec.outputs)]
+    node = helper.make_node(spec.name, *names, name=f"model/{spec.name}", domain=DOMAIN, **attributes)
+    graph = helper.make_graph([node], "g", [info(v) for v in spec.inputs], [info(v) for v in spec.outputs])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    add_function(model, spec)
+    return Program(model)
+
+
+def body_float32(
+    spec: OpSpec, attributes: Mapping[str, Any], sizes: Mapping[str, int], feeds: Mapping[str, np.ndarray]
+) -> Any:
+    """The body in ONNX Runtime, in float32 on the same values."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(program(spec, attributes, sizes, "float32").model.SerializeToString())
+    wide = {name: array if array.dtype == np.int64 else array.astype(np.float32) for name, array in feeds.items()}
+    return dict(zip([value.name for value in spec.outputs], session.run(None, wide), strict=True))
+
+
+def ranges(spec: OpSpec, sizes: Mapping[str, int], largest: Mapping[str, int]) -> dict[str, Any]:
+    """A profile from 1 to ``largest`` of every free dim."""
+
+    def shape(value: Any, free: Any) -> tuple[int, ...]:
+        dims = ["batch", "sequence", *value.dims[1:]] if value.dims[0] == "..." else value.dims
+        return tuple(int(dim) if dim.isdigit() else sizes[dim] if dim in sizes else free(dim) for dim in dims)
+
+    bounds = (lambda dim: 1), (lambda dim: max(1, largest[dim] // 2)), (lambda dim: largest[dim])
+    shapes = {value.name: tuple(shape(value, each) for each in bounds) for value in spec.inputs}
+    return {name: each for name, each in shapes.items() if each[0] != each[2]}
+
+
+def error(got: np.ndarray, wanted: np.ndarray) -> float:
+    got = got.astype(np.float64)
+    assert np.isfinite(got).all()
+    return float(np.linalg.norm(got - wanted) / max(np.linalg.norm(wanted), 1e-30))
+
+
+def check(
+    spec: OpSpec,
+    attributes: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    largest: Mapping[str, int],
+    cases: list[dict[str, np.ndarray]],
+    dtype: str,
+    directory: Path,
+    switches: str = "on",
+) -> None:
+    from moecompiler.tools.one_node import Runner, build
+
+    engine = build(program(spec, attributes, sizes, dtype), [ranges(spec, sizes, largest)], switches, dtype, directory)
+    runner = Runner(engine.plan.data, engine.aliases)
+    for feeds in cases:
+        rounded = {n: a if a.dtype == np.int64 else a.astype(NUMPY_DTYPES[dtype]) for n, a in feeds.items()}
+        wanted = body_float32(spec, attributes, sizes, rounded)
+        got = runner(rounded)
+        errors = {name: error(got[name], wanted[name]) for name in wanted}
+        assert max(errors.values()) < BOUNDS[dtype], (errors, {n: a.shape for n, a in feeds.items()})
+
+
+def normal(*shape: int, scale: float = 1.0, seed: int = 0) -> np.ndarray:
+    return (scale * np.random.default_rng(seed + sum(shape)).standard_normal(shape)).astype(np.float32)
+
+
+@DTYPES
+@pytest.mark.parametrize("spec", [RMS_NORM, ADD_RMS_NORM], ids=lambda spec: spec.name)
+def test_norms(spec: OpSpec, dtype: str, tmp_path: Path) -> None:
+    sizes = {"hidden": 4096}
+    cases = [
+        {
+            v.name: normal(*((4096,) if v.name == "weight" else (batch, length, 4096)), seed=i)
+            for i, v in enumerate(spec.inputs)
+        }
+        for batch, length in ((1, 1), (3, 17), (2, 129))
+    ]
+    check(spec, {"epsilon": 1e-5}, sizes, {"batch": 4, "sequence": 256}, cases, dtype, tmp_path)
+
+
+def moe_case(
+    tokens: int, hidden: int, inner: int, experts: int, local: int, skew: float = 0.0
+) -> dict[str, np.ndarray]:
+    """``skew`` draws all tokens to expert 0."""
+    x, router = normal(tokens, hidden), normal(experts, hidden, scale=hidden**-0.5)
+    if skew:
+        x[:, 0] = 1.0
+        router[0, 0] = skew
+    return {
+        "x": x,
+        "router": router,
+        "gate_up": normal(local, 2 * inner, hidden, scale=hidden**-0.5),
+        "down": normal(local, hidden, inner, scale=inner**-0.5),
+        "expert_ids": np.arange(experts - local, experts, dtype=np.int64),
+    }
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("mode", "top_k", "experts", "local"),
+    [(1, 2, 8, 8), (0, 1, 8, 8), (2, 2, 8, 8), (1, 3, 5, 5), (1, 2, 8, 4)],
+)
+def test_moe(mode: int, top_k: int, experts: int, local: int, dtype: str, tmp_path: Path) -> None:
+    """All ways of routing, an odd number of experts, and a rank that holds half of them."""
+    hidden, inner = 256, 512
+    spec = moe_spec(NormalizationMode(mode), top_k)
+    sizes = {
+        "hidden": hidden,
+        "intermediate": inner,
+        "twice_intermediate": 2 * inner,
+        "experts": experts,
+        "local_experts": local,
+    }
+    cases = [moe_case(tokens, hidden, inner, experts, local) for tokens in (1, 3, 17, 129, 300)]
+    cases.append(moe_case(65, hidden, inner, experts, local, skew=30.0))
+    attributes = {"top_k": top_k, "normalization_mode": mode}
+    check(spec, attributes, sizes, {"tokens": 512}, cases, dtype, tmp_path)
+
+
+def attention_case(
+    batch: int, length: int, first: int, slots: int, heads: int, kv_heads: int, dim: int
+) -> dict[str, np.ndarray]:
+    angles = normal(batch, 1, length, dim)
+    starts = first + np.arange(batch) % 3
+    return {
+        "query": normal(batch, length, heads * dim),
+        "key": normal(batch, length, kv_heads * dim, seed=1),
+        "value": normal(batch, length, kv_heads * dim, seed=2),
+        "cos": np.cos(angles),
+        "sin": np.sin(angles),
+        "position_ids": (starts[:, None] + np.arange(length)).astype(np.int64),
+        "past_key": normal(batch, kv_heads, slots, dim, seed=3),
+        "past_value": normal(batch, kv_heads, slots, dim, seed=4),
+    }
+
+
+@DTYPES
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), [(8, 2, 128, 0), (4, 4, 64, 0), (6, 2, 96, 20)])
+def test_attention(heads: int, kv_heads: int, dim: int, window: int, dtype: str, tmp_path: Path) -> None:
+    """Prefill, ragged later tokens, decode; caches written in place."""
+    slots = 160
+    sizes = {
+        "query_size": heads * dim,
+        "key_size": kv_heads * dim,
+        "head_dim": dim,
+        "kv_heads": kv_heads,
+        "slots": slots,
+    }
+    shape = (slots, heads, kv_heads, dim)
+    cases = [attention_case(*each, *shape) for each in ((1, 129, 0), (3, 17, 5), (2, 1, 100), (4, 1, 0), (3, 1, 157))]
+    attributes = {"num_heads": heads, "num_kv_heads": kv_heads, "scale": dim**-0.5, "window": window}
+    check(ATTENTION, attributes, sizes, {"batch": 4, "sequence": 129}, cases, dtype, tmp_path)
+
+
+def test_runs_without_triton(tmp_path: Path) -> None:
+    """An engine holds its kernels: a fresh process in which importing Triton fails runs it."""
+    from moecompiler.tools.one_node import Runner, build
+
+    feeds = {"x": normal(2, 5, 512).astype(np.float16), "weight": normal(512).astype(np.float16)}
+    sizes = {"hidden": 512}
+    shapes = ranges(RMS_NORM, sizes, {"batch": 4, "sequence": 8})
+    engine = build(program(RMS_NORM, {"epsilon": 1e-5}, sizes, "float16"), [shapes], "on", "float16", tmp_path)
+    (tmp_path / "node.plan").write_bytes(engine.plan.data)
+    np.savez(tmp_path / "feeds.npz", **feeds)
+    code = f"""
+import sys
+sys.modules["triton"] = None
+import numpy as np
+from moecompiler.plugins.library import TensorRTPlugins
+from moecompiler.tools.one_node import Runner
+TensorRTPlugins().register()
+runner = Runner(open({str(tmp_path / "node.plan")!r}, "rb").read(), {{}})
+np.save({str(tmp_path / "y.npy")!r}, runner(dict(np.load({str(tmp_path / "feeds.npz")!r})))["y"])
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), Runner(engine.plan.data, {})(feeds)["y"])

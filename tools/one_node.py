@@ -1,0 +1,100 @@
+"""One node of an op of ours as a TensorRT engine, as a plugin or as its body, run on the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import tensorrt as trt
+
+from moecompiler.backends.base import BuildSettings, EngineLimits
+from moecompiler.backends.tensorrt_build import Log, Plan, build_plan
+from moecompiler.backends.tensorrt_program import prepare
+from moecompiler.backends.tensorrt_session import TENSOR_TYPES
+from moecompiler.graph import Program
+from moecompiler.plugin_switches import parse_plugins
+from moecompiler.plugins.library import TensorRTPlugins
+from moecompiler.runtime.device import Buffer, Device, Stream, Timer
+
+Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+_LIMITS = EngineLimits(1, 1, 2, 1)  # profiles are given outright
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A plan and what of it is written in place: output → input."""
+
+    plan: Plan
+    aliases: Mapping[str, str]
+
+
+def build(program: Program, profiles: Sequence[Shapes], plugins: str, dtype: str, directory: Path) -> Engine:
+    """``program``: all its initializers hold their data. ``plugins``: what ``--plugins`` would be given."""
+    library, sm = TensorRTPlugins(), Device().info().sm
+    prepared = prepare(program, BuildSettings(_LIMITS, parse_plugins(plugins)), dtype, sm, library)
+    library.register()
+    path = directory / "node.onnx"
+    path.write_bytes(prepared.program.model.SerializeToString())
+    names = [node.name for node in program.model.graph.node]
+    plan = build_plan(path, profiles, names, [], bool(prepared.aliases), lambda fraction: None)
+    return Engine(plan, prepared.aliases)
+
+
+class Runner:
+    """Runs an engine on given inputs; ``time`` in a CUDA graph."""
+
+    def __init__(self, plan: Any, aliases: Mapping[str, str], profile: int = 0):
+        self.device, self.stream, self.log, self.aliases = Device(), Stream(), Log(), aliases
+        self.runtime = trt.Runtime(self.log)
+        self.engine = self.runtime.deserialize_cuda_engine(plan)
+        assert self.engine is not None, self.log.errors
+        self.context = self.engine.create_execution_context()
+        self.context.set_optimization_profile_async(profile, self.stream.handle)
+        self.names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+
+    def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The outputs, poisoned before the run."""
+        self.buffers: dict[str, Buffer] = {}
+        for name, array in feeds.items():
+            self.buffers[name] = Buffer(array.nbytes)
+            self.stream.upload(self.buffers[name].pointer, np.ascontiguousarray(array))
+            self.stream.synchronize()
+            assert self.context.set_input_shape(name, array.shape), self.log.errors
+            self.context.set_tensor_address(name, self.buffers[name].pointer)
+        outputs = {}
+        for name in self.names:
+            if name in feeds:
+                continue
+            shape, dtype = tuple(self.context.get_tensor_shape(name)), TENSOR_TYPES[self.engine.get_tensor_dtype(name)]
+            outputs[name] = np.full(shape, 0, dtype)
+            if name in self.aliases:
+                self.buffers[name] = self.buffers[self.aliases[name]]
+            else:
+                self.buffers[name] = Buffer(outputs[name].nbytes)
+                poison = np.full(outputs[name].nbytes, 0xFF, np.uint8)
+                self.stream.upload(self.buffers[name].pointer, poison)
+                self.stream.synchronize()
+            self.context.set_tensor_address(name, self.buffers[name].pointer)
+        self._enqueue()
+        for name, array in outputs.items():
+            self.stream.download(array, self.buffers[name].pointer)
+        self.stream.synchronize()
+        return outputs
+
+    def time(self, runs: int = 50, inner: int = 20) -> float:
+        """Seconds of one run with the inputs of the last call, the median over ``runs`` of ``inner`` launches of its graph."""
+        graph, timer = self.stream.capture(self._enqueue), Timer()
+        seconds = []
+        for _ in range(runs):
+            with timer.around(self.stream):
+                for _ in range(inner):
+                    graph.launch(self.stream)
+            seconds.append(timer.seconds() / inner)
+        return median(seconds)
+
+    def _enqueue(self) -> None:
+        assert self.context.execute_async_v3(self.stream.handle), self.log.errors
