@@ -21,6 +21,11 @@ from moecompiler.graph import DOMAIN, OPSET
 VERSION = 1
 
 
+def plugin_name(op: str) -> str:
+    """What an op is called as a plugin: not as ONNX or a backend may call an op of theirs."""
+    return f"{op}Plugin"
+
+
 @dataclass(frozen=True)
 class Value:
     """An input or output of an op: its dims by name (a dim of the same name is the same size) and its element type, ``T`` for

@@ -18,7 +18,7 @@ import tensorrt as trt
 
 from moecompiler.errors import UserError
 from moecompiler.graph import DOMAIN
-from moecompiler.ops import VERSION, Value
+from moecompiler.ops import VERSION, Value, plugin_name
 from moecompiler.plugins.driver import Function, load, run
 from moecompiler.plugins.fields import CUBINS, PLAN, Baked, BakedTactic, fingerprint, pack, unpack
 from moecompiler.plugins.launch import Cubin, Dims, Kernel, Tactic, scratch_bytes
@@ -60,7 +60,8 @@ class FusedOp(*_BASES):  # type: ignore[misc]
     def __init__(self, op: PluginOp, baked: Baked, modules: Modules):
         for base in _BASES:
             base.__init__(self)
-        self.plugin_name, self.plugin_namespace, self.plugin_version = op.spec.name, DOMAIN, str(VERSION)
+        self.plugin_name, self.plugin_namespace = plugin_name(op.spec.name), DOMAIN
+        self.plugin_version = str(VERSION)
         self.num_outputs = len(op.spec.outputs)
         self.op, self.baked, self.modules = op, baked, modules
         self._name_timings()
@@ -196,7 +197,7 @@ class Creator(trt.IPluginCreatorV3One):
 
     def __init__(self, op: PluginOp, modules: Modules):
         trt.IPluginCreatorV3One.__init__(self)
-        self.name, self.plugin_namespace, self.plugin_version = op.spec.name, DOMAIN, str(VERSION)
+        self.name, self.plugin_namespace, self.plugin_version = plugin_name(op.spec.name), DOMAIN, str(VERSION)
         self._op, self._modules = op, modules
         self._fields = [
             trt.PluginField(name, np.array([], _NUMBERS[kind][1]), _NUMBERS[kind][0])
@@ -221,7 +222,7 @@ def register(ops: Mapping[str, PluginOp]) -> None:
     registry = trt.get_plugin_registry()
     modules = Modules()
     for op in ops.values():
-        if registry.get_creator(op.spec.name, str(VERSION), DOMAIN) is None:
+        if registry.get_creator(plugin_name(op.spec.name), str(VERSION), DOMAIN) is None:
             registry.register_creator(Creator(op, modules), DOMAIN)
 
 

@@ -15,12 +15,11 @@ from onnx import TensorProto, helper, numpy_helper
 from moecompiler.backends.base import BuildSettings, PluginLibrary
 from moecompiler.errors import UserError
 from moecompiler.graph import DOMAIN, Program, point_weights_at
-from moecompiler.ops import VERSION
+from moecompiler.ops import VERSION, plugin_name
 from moecompiler.plugin_switches import Mode, PluginSwitches
 from moecompiler.weights import NUMPY_DTYPES, Recipe, Shape
 
 LARGE = 1 << 30  # bytes of expert weights from which on they stay out of the plan, unless told otherwise
-BODY_SUFFIX = "Body"  # of an op whose function is kept beside nodes of the op that are plugins
 
 
 @dataclass(frozen=True)
@@ -101,27 +100,28 @@ def known_shapes(model: onnx.ModelProto) -> dict[str, Shape]:
 
 
 def mark_plugins(model: onnx.ModelProto, chosen: Mapping[str, str]) -> None:
-    """Chosen nodes lose their function, so that the parser looks them up among the plugins.
+    """Chosen nodes get their plugin's name, under which there is no function; the others keep their function, under a name of
+    its own too.
 
-    The parser inlines every node that has a function of its name; where an op is a plugin in one place and not in another,
-    the others get its function under another name.
+    The parser inlines every node that has a function of its name, registered plugin or not. And it goes by names without
+    domains: one that knows ONNX's own ``Attention`` (TensorRT 10.15 and later) would take ours for it.
     """
-    plugin_ops = set(chosen.values())
     rest = {node.op_type for node in model.graph.node if node.domain == DOMAIN and node.name not in chosen}
     for node in model.graph.node:
         if node.domain != DOMAIN:
             continue
         if node.name in chosen:
+            node.op_type = plugin_name(node.op_type)
             node.attribute.append(helper.make_attribute("plugin_namespace", DOMAIN))
             node.attribute.append(helper.make_attribute("plugin_version", str(VERSION)))
-        elif node.op_type in plugin_ops:
-            node.op_type += BODY_SUFFIX
+        else:
+            node.op_type += "Body"
     kept = []
     for function in model.functions:
         if function.domain == DOMAIN and function.name not in rest:
             continue
-        if function.domain == DOMAIN and function.name in plugin_ops:
-            function.name += BODY_SUFFIX
+        if function.domain == DOMAIN:
+            function.name += "Body"
         kept.append(function)
     functions = [onnx.FunctionProto.FromString(function.SerializeToString()) for function in kept]
     del model.functions[:]
@@ -134,7 +134,7 @@ def find_aliases(model: onnx.ModelProto, chosen: Mapping[str, str], library: Plu
     outputs = {value.name for value in model.graph.output}
     aliases = {}
     for node in model.graph.node:
-        for output, source in library.aliases(node.op_type).items() if node.name in chosen else ():
+        for output, source in library.aliases(chosen[node.name]).items() if node.name in chosen else ():
             if node.output[output] in outputs and node.input[source] in inputs:
                 aliases[node.output[output]] = node.input[source]
     return aliases
