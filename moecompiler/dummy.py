@@ -6,8 +6,6 @@ makes only the part it needs.
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,9 @@ from moecompiler.checkpoint import Source, check_box, check_unchanged, expected_
 from moecompiler.config import DTYPES, ModelConfig
 from moecompiler.errors import UserError
 from moecompiler.safetensors_file import numpy_dtype
+from moecompiler.uniform import fill_uniform, key_of
 from moecompiler.weights import Shape
 
-CHUNK = 1 << 16  # elements made together: their integers, scratch and floats stay in the processor's second-level cache
 NORM_DEVIATION = 0.05
 
 
@@ -52,60 +50,17 @@ class DummyCheckpoint:
             name = "model.embed_tokens.weight"
         whole = self._shapes[name]
         check_box(name, whole, start, shape)
-        key = int.from_bytes(hashlib.sha256(f"{self.seed} {name}".encode()).digest()[:4], "little")
+        key = key_of(f"{self.seed} {name}")
         if len(whole) == 1:
             deviation, center, start, box = NORM_DEVIATION, 1.0, (0, *start), (1, *shape)
         else:
             deviation, center, box = whole[-1] ** -0.5, 0.0, shape
         out = np.empty(box, numpy_dtype(self._dtype))
-        _fill_uniform(out, key, start, center, deviation)
+        fill_uniform(out, key, start, center, deviation)
         return out.reshape(shape)
 
     def identity(self) -> dict[str, Any]:
         return {"kind": "dummy", "seed": self.seed, "dtype": self._dtype, "config": self.config.to_json()}
-
-
-def _mix(x: np.ndarray, scratch: np.ndarray) -> None:
-    """``lowbias32``, in place: a bijection of uint32 in which every input bit sways every output bit.
-
-    By Chris Wellons, public domain: https://github.com/skeeto/hash-prospector
-    """
-
-    def fold(shift: int) -> None:
-        np.bitwise_xor(x, np.right_shift(x, np.uint32(shift), out=scratch), out=x)
-
-    fold(16)
-    np.multiply(x, np.uint32(0x7FEB352D), out=x)
-    fold(15)
-    np.multiply(x, np.uint32(0x846CA68B), out=x)
-    fold(16)
-
-
-def _fill_uniform(out: np.ndarray, key: int, start: Shape, center: float, deviation: float) -> None:
-    """Fills ``out [rows, columns]`` with what a tensor holds from ``start`` on, a hash of key, row and column.
-
-    Rows and columns are hashed one after the other: an index into the whole would need 64 bits, at half the speed.
-    """
-    rows, columns = out.shape
-    row_keys = np.arange(start[0], start[0] + rows, dtype=np.uint32) ^ np.uint32(key)
-    _mix(row_keys, np.empty_like(row_keys))
-    column_ids = np.arange(start[1], start[1] + columns, dtype=np.uint32)
-    width = max(1, min(columns, CHUNK))
-    height = max(1, min(rows, CHUNK // width))
-    bits, scratch = np.empty((2, height, width), np.uint32)
-    floats = np.empty((height, width), np.float32)
-    scale = np.float32(math.sqrt(3) * deviation / 2**31)  # uniform on ±a has deviation a / √3
-    for row in range(0, rows, height):
-        for column in range(0, columns, width):
-            target = out[row : row + height, column : column + width]
-            h, w = target.shape
-            x, y, f = bits[:h, :w], scratch[:h, :w], floats[:h, :w]
-            np.bitwise_xor(row_keys[row : row + h, None], column_ids[column : column + w], out=x)
-            _mix(x, y)
-            np.multiply(x.view(np.int32), scale, out=f, dtype=np.float32, casting="unsafe")
-            if center:
-                np.add(f, np.float32(center), out=f)
-            target[...] = f
 
 
 def open_source(identity: Mapping[str, Any], config: ModelConfig) -> Source:

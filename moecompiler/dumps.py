@@ -24,7 +24,7 @@ def write_dumps(
 
     ``path_of``: file name → where to write it.
     """
-    recipes, stored = _distinct(programs)
+    recipes, stored = distinct_weights(programs)
     tensors = {name: (recipe.dtype, recipe.shape) for name, recipe in recipes.items()}
     _, offsets, _ = layout(tensors)
     for file, program in programs.items():
@@ -47,7 +47,9 @@ def write_dumps(
         write(path_of(WEIGHTS), tensors, lambda name: materialize(recipes[name], reader), advance)
 
 
-def _distinct(programs: Mapping[str, Program]) -> tuple[dict[str, Recipe], dict[tuple[str, Recipe], str]]:
+def distinct_weights(
+    programs: Mapping[str, Program],
+) -> tuple[dict[str, Recipe], dict[tuple[str, Recipe], str]]:
     """Every distinct weight under a name of its own, and that name for each weight of a program."""
     recipes: dict[str, Recipe] = {}
     stored: dict[tuple[str, Recipe], str] = {}

@@ -25,6 +25,7 @@ from moecompiler.weights import Recipe, Shape
 OPSET = 21
 IR_VERSION = 10
 DOMAIN = "moecompiler"
+COLLECTIVES = ("AllReduce", "AllGather")
 SCOPES = "pkg.torch.onnx.name_scopes"  # where torch's exporter notes the modules a node comes from
 
 ONNX_DTYPES = {
@@ -64,6 +65,11 @@ def name_in_scopes(scopes: str, name: str) -> str:
 def output_of(module: str) -> str:
     """The name of the tensor that leaves a layer, its attention or its MoE."""
     return f"{module}/output"
+
+
+def is_collective(node: onnx.NodeProto) -> bool:
+    """Whether ranks exchange something in it."""
+    return node.domain == DOMAIN and node.op_type in COLLECTIVES
 
 
 def weight_tensor(name: str, recipe: Recipe, location: str = "weights", offset: int = 0) -> TensorProto:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
-from moecompiler.graph import DOMAIN, module_of
+from moecompiler.graph import COLLECTIVES, DOMAIN, module_of
 from moecompiler.passes.rewiring import NOT_PURE, is_any_of, redirect_readers
 from moecompiler.pipeline import Rewrite
 from moecompiler.weights import Recipe
@@ -21,8 +21,8 @@ _LARGEST_COMPARED = 1024  # elements of a constant; larger ones are equal only i
 class CommonSubexpressions:
     """Keeps the first of several nodes with the same op, attributes and inputs; equal small constants count as the same input.
 
-    The node that stays keeps its origin, so a node that serves two modules is named after the first. Collectives and nodes
-    that write graph outputs are left alone.
+    The node that stays keeps its origin, so a node that serves two modules is named after the first. Collectives stay, and
+    nodes that write graph outputs.
     """
 
     name = "common-subexpressions"
@@ -30,16 +30,18 @@ class CommonSubexpressions:
     def rewrites(self, graph: gs.Graph, weights: dict[str, Recipe]) -> Iterator[Rewrite]:
         first: dict[Any, gs.Node] = {}
         for node in list(graph.nodes):
-            if not _may_merge(node, graph):
+            if not _is_mergeable(node):
                 continue
             kept = first.setdefault(_key(node, weights), node)
-            if kept is not node and len(kept.outputs) == len(node.outputs):
+            if kept is not node and len(kept.outputs) == len(node.outputs) and not _writes_output(node, graph):
                 yield Rewrite(node.name, module_of(node.name), partial(_merge, node, kept))
 
     def why_not(self, graph: gs.Graph, weights: dict[str, Recipe], node: gs.Node) -> str:
         """Why a node stays."""
-        if not _may_merge(node, graph):
-            return f"{node.op} is left alone: it writes an output of the graph, or is a collective or not pure"
+        if not _is_mergeable(node):
+            return f"{node.op} is left alone: it is a collective, or not pure, or holds a graph"
+        if _writes_output(node, graph):
+            return "it writes an output of the graph"
         return f"no {node.op} before it has the same inputs and attributes"
 
 
@@ -54,12 +56,14 @@ def _key(node: gs.Node, weights: dict[str, Recipe]) -> Any:
     return node.op, node.domain or "", _attributes(node), inputs
 
 
-def _may_merge(node: gs.Node, graph: gs.Graph) -> bool:
+def _is_mergeable(node: gs.Node) -> bool:
     standard = node.domain in ("", None) and node.op not in NOT_PURE
-    fused = node.domain == DOMAIN and node.op not in ("AllReduce", "AllGather")
-    writes_output = any(is_any_of(tensor, graph.outputs) for tensor in node.outputs)
-    has_subgraph = any(isinstance(value, gs.Graph) for value in node.attrs.values())
-    return (standard or fused) and not writes_output and not has_subgraph
+    fused = node.domain == DOMAIN and node.op not in COLLECTIVES
+    return (standard or fused) and not any(isinstance(value, gs.Graph) for value in node.attrs.values())
+
+
+def _writes_output(node: gs.Node, graph: gs.Graph) -> bool:
+    return any(is_any_of(tensor, graph.outputs) for tensor in node.outputs)
 
 
 def _identity(tensor: gs.Tensor, weights: dict[str, Recipe]) -> Any:

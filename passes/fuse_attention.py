@@ -136,6 +136,8 @@ def _mask_differs(found: Match) -> str | None:
         return f"the cache is not written at given positions: {miss.reason}"
     if slots.tensors["position_ids"] is not mask.tensors["position_ids"]:
         return "the cache is written at other positions than the mask is made from"
+    if len(slots.tensors["position_ids"].shape or ()) != 2:
+        return f"the positions {slots.tensors['position_ids'].name} are not [batch, sequence]"
     capacity = found.tensors["past_key"].shape[2]
     slot = small_constant(mask.tensors["slot"])
     if slot is None or not np.array_equal(slot.reshape(-1), np.arange(capacity)):

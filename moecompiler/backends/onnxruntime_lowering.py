@@ -8,11 +8,10 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from moecompiler.graph import DOMAIN, Program
+from moecompiler.graph import Program, is_collective
 from moecompiler.weights import NUMPY_DTYPES, Recipe
 
 CUSTOM_OPS_DOMAIN = "ai.onnx.contrib"
-COLLECTIVES = ("AllReduce", "AllGather")
 
 
 def lower(program: Program) -> Program:
@@ -74,7 +73,7 @@ def _call_python_for_collectives(model: onnx.ModelProto) -> None:
     types = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.output, *graph.value_info)}
     nodes: list[NodeProto] = []
     for node in graph.node:
-        if node.domain != DOMAIN or node.op_type not in COLLECTIVES:
+        if not is_collective(node):
             nodes.append(node)
             continue
         (x,), (y,) = node.input, node.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 
 import numpy as np
@@ -16,20 +17,23 @@ from moecompiler.weights import Recipe, TensorReader, materialize
 
 
 class WeightCache:
-    """Weights by their recipes, each read once; ``onnxruntime.OrtValue`` over arrays of the recipe's dtype."""
+    """Weights by their recipes, each read once, whatever the threads; ``onnxruntime.OrtValue`` over arrays of the recipe's
+    dtype. Sessions read the arrays where they are: a cache must outlive them."""
 
     def __init__(self, reader: TensorReader):
         self._reader = reader
         self._values: dict[Recipe, tuple[np.ndarray, onnxruntime.OrtValue]] = {}
+        self._lock = threading.Lock()
 
     def value(self, recipe: Recipe) -> onnxruntime.OrtValue:
-        if recipe not in self._values:
-            array = materialize(recipe, self._reader)
-            # ONNX Runtime takes types that numpy lacks as the bits of one that it has
-            bits = array.view(np.uint16) if recipe.dtype == "bfloat16" else array
-            kind = ONNX_DTYPES[recipe.dtype]
-            self._values[recipe] = bits, onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, kind)
-        return self._values[recipe][1]
+        with self._lock:
+            if recipe not in self._values:
+                array = materialize(recipe, self._reader)
+                # ONNX Runtime takes types that numpy lacks as the bits of one that it has
+                bits = array.view(np.uint16) if recipe.dtype == "bfloat16" else array
+                kind = ONNX_DTYPES[recipe.dtype]
+                self._values[recipe] = bits, onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, kind)
+            return self._values[recipe][1]
 
 
 def open_program(

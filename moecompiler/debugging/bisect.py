@@ -90,6 +90,21 @@ def bisect(subject: Subject, steps: Sequence[Pass], is_good: Callable[[Probe], b
     return Culprit(index, name, rank, change, Prefix(index, count - 1), Prefix(index, count), probes)
 
 
+def culprit_of(subject: Subject, steps: Sequence[Pass], rank: int, number: int) -> Culprit:
+    """The rewrite of that number on that rank, as if it had been found. Raises: UserError where there is no such rewrite."""
+    results = make(subject, steps, Prefix(len(steps))).results
+    if not 0 <= rank < len(results):
+        raise UserError(f"--rank {rank}: there are ranks 0 to {len(results) - 1}")
+    for index, step in enumerate(steps, 1):
+        for change in results[rank][index - 1].changes:
+            if change.number == number:
+                earlier = sum(results[peer][index - 1].matches for peer in range(rank))
+                count = earlier + 1 + results[rank][index - 1].changes.index(change)
+                return Culprit(index, step.name, rank, change, Prefix(index, count - 1), Prefix(index, count), probes=0)
+    total = sum(result.matches for result in results[rank])
+    raise UserError(f"--rewrite {number}: rank {rank} has rewrites 1 to {total}")
+
+
 def first_bad(count: int, is_good: Callable[[int], bool]) -> int:
     """The least n from 1 to ``count`` that is not good; 0 is good and ``count`` is not, and neither is tried."""
     good, bad = 0, count

@@ -55,7 +55,7 @@ def bisect(
     subject = open_subject(target, seed)
     steps = passes.selection.passes()
     errors = Console(stderr=True, highlight=False)
-    check = _accuracy(subject) if command is None else _by_command(command, subject, target)
+    check = accuracy_check(subject) if command is None else _by_command(command, subject, target)
 
     def told(probe: Probe) -> bool:
         good = check(probe)
@@ -75,13 +75,13 @@ def bisect(
 
 def describe(culprit: Culprit) -> str:
     """The pass, the rewrite and where it is, one line each."""
-    lines = [f"pass {label(culprit.index, culprit.name)} breaks the check ({culprit.probes} probes)"]
-    if culprit.change is None:
-        return lines[0] + ", without a rewrite of its own"
-    change = culprit.change
-    lines.append(f"first by rewrite {change.number} of rank {culprit.rank}: {change.what}")
-    lines.append(f"at {change.node}, module {change.module or '(none)'}")
-    return "\n".join(lines)
+    step, change = label(culprit.index, culprit.name), culprit.change
+    found = f"pass {step} breaks the check ({culprit.probes} probes)" if culprit.probes else f"pass {step}"
+    if change is None:
+        return f"{found}, without a rewrite of its own"
+    first = "first by rewrite" if culprit.probes else "rewrite"
+    where = f"at {change.node}, module {change.module or '(none)'}"
+    return f"{found}\n{first} {change.number} of rank {culprit.rank}: {change.what}\n{where}"
 
 
 def culprit_json(culprit: Culprit) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def _made(probe: Probe) -> str:
     return f"{label(len(done), done[-1].name) if done else label(0, 'given')}, {count} rewrites"
 
 
-def _accuracy(subject: Subject) -> Callable[[Probe], bool]:
+def accuracy_check(subject: Subject) -> Callable[[Probe], bool]:
     """Whether the numbers are, within tolerance, those before any pass."""
     from moecompiler.validation.difference import outputs_differ
 
