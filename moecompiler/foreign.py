@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper, version_converter
+from onnx.external_data_helper import load_external_data_for_tensor
 
 from moecompiler.errors import UserError
 from moecompiler.graph import (
@@ -28,6 +29,7 @@ from moecompiler.weights import NUMPY_DTYPES, Piece, Recipe, Shape
 
 _OLDEST_OPSET = 18  # torch's default; what came since then is converted node by node
 _TRACED_NAME = re.compile(r"/(.+)/[^/]+")
+_OUR_NAME = re.compile(r"[^/]*/[^/]+")
 _SMALLEST_WEIGHT = 1024  # bytes; what is smaller may be read to fold and to match
 _NAMES = {code: name for name, code in ONNX_DTYPES.items()}
 
@@ -81,6 +83,10 @@ def open_foreign(path: Path) -> tuple[Program, OnnxReader]:
     for index, tensor in enumerate(model.graph.initializer):
         if tensor.name in weights:
             model.graph.initializer[index].CopyFrom(weight_tensor(tensor.name, weights[tensor.name]))
+        elif tensor.data_location == TensorProto.EXTERNAL:  # torch stores the smallest constant outside too
+            load_external_data_for_tensor(tensor, str(path.parent))
+            tensor.data_location = TensorProto.DEFAULT
+            del tensor.external_data[:]
     return Program(infer_symbolic_shapes(model), weights), reader
 
 
@@ -95,14 +101,25 @@ def name_after_modules(nodes: Iterable[onnx.NodeProto]) -> None:
     """Gives each node the name ``module/op_number``, the module empty where the exporter said none.
 
     torch's exporter notes the modules in the node's metadata; the tracing one (``dynamo=False``) in its name, as
-    ``/model/layers.0/mlp/Reshape_1``.
+    ``/model/layers.0/mlp/Reshape_1``. A file whose nodes all have such names, each its own, is a result of passes and keeps them.
     """
+    nodes = list(nodes)
+    given = {node.name for node in nodes}
+    if len(given) == len(nodes) and all(_OUR_NAME.fullmatch(name) for name in given) and not notes_modules(nodes):
+        return
     for index, node in enumerate(nodes):
         noted = next((each.value for each in node.metadata_props if each.key == SCOPES), "")
         name = f"{node.op_type}_{index}"
         traced = _TRACED_NAME.fullmatch(node.name)
         node.name = name_in_scopes(noted, name) if noted or not traced else node_name(traced[1].replace("/", "."), name)
         del node.metadata_props[:]
+
+
+def notes_modules(nodes: Iterable[onnx.NodeProto]) -> bool:
+    """Whether an exporter noted modules, in either way."""
+    return any(
+        _TRACED_NAME.fullmatch(node.name) or any(each.key == SCOPES for each in node.metadata_props) for node in nodes
+    )
 
 
 def _converted(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:

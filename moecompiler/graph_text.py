@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import onnx
-from onnx import AttributeProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from moecompiler.graph import Program, module_of
 
@@ -33,7 +34,12 @@ def types_by_name(model: onnx.ModelProto) -> dict[str, str]:
     """``float16[batch, 32]`` of every tensor whose type the file says."""
     graph = model.graph
     types = {value.name: _value_type(value) for value in (*graph.input, *graph.output, *graph.value_info)}
-    return types | {tensor.name: _type(tensor.data_type, tensor.dims) for tensor in graph.initializer}
+    return types | {tensor.name: tensor_type(tensor) for tensor in graph.initializer}
+
+
+def tensor_type(tensor: TensorProto) -> str:
+    """``float16[4, 32]`` of an initializer."""
+    return _type(tensor.data_type, tensor.dims)
 
 
 def node_text(node: NodeProto, types: dict[str, str], constants: dict[str, TensorProto]) -> str:
@@ -59,17 +65,19 @@ def _type(code: int, dims: Iterable[object]) -> str:
     return f"{TensorProto.DataType.Name(code).lower()}[{', '.join(map(str, dims))}]"
 
 
+def is_written_out(tensor: TensorProto) -> bool:
+    """Whether a constant is small enough for its values to stand where it is read."""
+    return tensor.data_location != TensorProto.EXTERNAL and math.prod(tensor.dims) <= _MOST_ELEMENTS
+
+
 def _constant(tensor: TensorProto) -> str:
-    count = 1
-    for dim in tensor.dims:
-        count *= dim
-    if tensor.data_location == TensorProto.EXTERNAL or count > _MOST_ELEMENTS:
-        return tensor.name
-    return str(numpy_helper.to_array(tensor).tolist())
+    return str(numpy_helper.to_array(tensor).tolist()) if is_written_out(tensor) else tensor.name
 
 
 def _attribute(attribute: AttributeProto) -> str:
     value = helper.get_attribute_value(attribute)
     if isinstance(value, TensorProto):
         return _constant(value)
+    if isinstance(value, GraphProto):
+        return f"{{{len(value.node)} nodes}}"
     return value.decode() if isinstance(value, bytes) else str(value)

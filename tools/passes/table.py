@@ -8,13 +8,17 @@ from typing import Any
 import typer
 
 from moecompiler.tools.passes.bisect import bisect
+from moecompiler.tools.passes.diff import diff
 from moecompiler.tools.passes.listing import list_
+from moecompiler.tools.passes.reduce import reduce
 from moecompiler.tools.passes.verify import verify
 
 VERBS: dict[str, Callable[..., Any]] = {
     "list": list_,
+    "diff": diff,
     "verify": verify,
     "bisect": bisect,
+    "reduce": reduce,
 }
 
 
