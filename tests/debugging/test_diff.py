@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from graphs import program, whole
+from graphs import HEADER, program, whole
 from onnx import numpy_helper
 
 from moecompiler.debugging.diff import GraphDiff, diff, merged
