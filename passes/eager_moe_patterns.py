@@ -128,7 +128,7 @@ def loop_of(last: Match) -> Match | str:
         known = Match({"expert": step.tensors["expert"], **masks})
         found = match_all([(pattern, step.tensors[name]) for pattern, name in places], miss, known)
         if found is None:
-            return f"step {index + 1}{_at(miss)}"
+            return f"step {index + 1}{miss.where}"
         if len(found.named["hit"].outputs) != len(steps):
             return f"the sum is over {len(steps)} of {len(found.named['hit'].outputs)} experts hit"
         masks = {"mask": found.tensors["mask"]}
@@ -136,7 +136,7 @@ def loop_of(last: Match) -> Match | str:
     miss = Miss()
     mask = match_all([(_MASK, masks["mask"])], miss)
     if mask is None:
-        return f"what finds the tokens of an expert{_at(miss)}"
+        return f"what finds the tokens of an expert{miss.where}"
     tensors = {**shared, "chosen": mask.tensors["chosen"]}
     zeros = producer_of(steps[0].tensors["so_far"])
     assert zeros is not None
@@ -155,7 +155,7 @@ def _steps_of(last: Match) -> list[Match] | str:
         miss = Miss()
         step = match_all([(STEP, so_far)], miss, Match({name: last.tensors[name] for name in _SHARED}))
         if step is None:
-            return f"{len(steps)} steps before the last{_at(miss)}"
+            return f"{len(steps)} steps before the last{miss.where}"
         steps.insert(0, step)
 
 
@@ -168,11 +168,6 @@ def _column_differs(taken: gs.Node) -> str | None:
         beyond = list(column.shape or (0, 0))[1:]
     right = all(size == 1 for size in beyond)
     return None if right else f"{taken.name} takes weights out of {column.name}, which is not one column"
-
-
-def _at(miss: Miss) -> str:
-    where = f", at {miss.node.name}" if miss.node is not None else ""
-    return f"{where}: {miss.reason}"
 
 
 def _sizes_differ(loop: Match, depth: int, top_k: set[int]) -> str | None:

@@ -93,6 +93,11 @@ class Miss:
     node: gs.Node | None = None
     reason: str = "the graph has no node like the pattern's last"
 
+    @property
+    def where(self) -> str:
+        """The node and the reason, to go on behind what was looked for."""
+        return f"{f', at {self.node.name}' if self.node is not None else ''}: {self.reason}"
+
     def note(self, so_far: Match, node: gs.Node | None, reason: str) -> None:
         if len(so_far.nodes) > self.depth:
             self.depth, self.reason = len(so_far.nodes), reason

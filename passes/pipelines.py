@@ -7,7 +7,9 @@ from moecompiler.passes.common_subexpressions import CommonSubexpressions
 from moecompiler.passes.constant_folding import ConstantFolding
 from moecompiler.passes.fuse_add_rms_norm import FuseAddRMSNorm
 from moecompiler.passes.fuse_attention import FuseAttention
+from moecompiler.passes.fuse_batched_moe import FuseBatchedMoE
 from moecompiler.passes.fuse_context_attention import FuseContextAttention
+from moecompiler.passes.fuse_eager_moe import FuseEagerMoE
 from moecompiler.passes.fuse_moe import FuseMoE
 from moecompiler.passes.fuse_rms_norm import FuseRMSNorm
 from moecompiler.passes.merge_qkv import MergeQKV
@@ -29,6 +31,8 @@ def named_pipelines() -> dict[str, tuple[Pass, ...]]:
         FuseAttention(),
         FuseContextAttention(),
         FuseMoE(),
+        FuseBatchedMoE(),
+        FuseEagerMoE(),
         FuseAddRMSNorm(),
         MergeQKV(),
     )

@@ -68,7 +68,9 @@ def _softmax(of: Pattern) -> Op:
 
 def _top_k(of: Pattern, output: int) -> Op:
     k = Const("top_k", "one number", lambda value: value.size == 1)
-    return Op("TopK", (of, k), name="top_k", output=output, test=_last_axis)
+    return Op(
+        "TopK", (of, k), name="top_k", output=output, test=lambda n: _last_axis(n) or attribute_is("largest", 1, 1)(n)
+    )
 
 
 def _sparse_mixer(top_k: int) -> tuple[Pattern, Pattern]:
@@ -171,14 +173,14 @@ def routing_of(x: gs.Tensor, pairs: Callable[[Route], Sequence[tuple[Pattern, gs
         choice = match_all(pairs(route), miss)
         if choice is None:
             continue
-        product = match_all([(_ROUTER, choice.tensors["logits"])], miss, Match({"x": x}))
+        apart = Miss()
+        product = match_all([(_ROUTER, choice.tensors["logits"])], apart, Match({"x": x}))
         if product is None:
-            break
+            return f"the router is not a product with what the experts read{apart.where}"
         whole = Match(
             {**choice.tensors, **product.tensors},
             {**choice.named, **product.named},
             (*choice.nodes, *product.nodes),
         )
         return Routing(route.mode, route.top_k or int(choice.scalar("top_k")), whole)
-    at = f", at {miss.node.name}" if miss.node is not None else ""
-    return f"the routing is none of those known{at}: {miss.reason}"
+    return f"the routing is none of those known{miss.where}"
