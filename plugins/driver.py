@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ def load(cubin: Cubin, kernel: Kernel) -> Function:
 
 
 def run(
-    functions: Sequence[Function],
+    functions: Sequence[Function] | Mapping[int, Function],
     launches: Sequence[Launch],
     inputs: Sequence[int],
     outputs: Sequence[int],

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -136,7 +136,7 @@ def shared_memory(sm: int) -> int:
     return {75: 64, 80: 163, 87: 163, 90: 227, 100: 227, 103: 227}.get(sm, 99) * 1024
 
 
-def scratch_bytes(launches: Sequence[Launch], cubins: Sequence[Cubin]) -> int:
+def scratch_bytes(launches: Sequence[Launch], cubins: Sequence[Cubin] | Mapping[int, Cubin]) -> int:
     """Bytes of global scratch that the launches need, one after another, behind the tactic's own workspace."""
     return max((cubins[launch.kernel].scratch * math.prod(launch.grid) for launch in launches), default=0)
 

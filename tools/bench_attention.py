@@ -1,0 +1,181 @@
+"""The attention kernels, rotary embedding and cache update included: ``python -m moecompiler.tools.bench_attention out.json``.
+
+Decode's floor is reading the visible keys and values once, at the bandwidth that a kernel that only reads reaches. Prefill's
+is the arithmetic of the two products below the diagonal, at torch's rate for large matrices. Both are measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from moecompiler.plugins.launch import Dims
+from moecompiler.plugins.tactics import tactics
+from moecompiler.tools.kernel_machine import machine
+from moecompiler.tools.kernel_timing import (
+    Prepared,
+    compute_capability,
+    matmul_peak,
+    microseconds,
+    prepare,
+    read_bandwidth,
+    relative_error,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """``new`` tokens in each of ``batch`` sequences behind ``past`` ones, in a cache of ``slots``."""
+
+    batch: int
+    new: int
+    past: int
+    slots: int
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+
+    @property
+    def attributes(self) -> dict[str, int | float]:
+        scale = self.head_dim**-0.5
+        return {"num_heads": self.heads, "num_kv_heads": self.kv_heads, "scale": scale, "window": 0}
+
+    @property
+    def dims(self) -> Dims:
+        cache = (self.batch, self.kv_heads, self.slots, self.head_dim)
+        angles = (self.batch, 1, self.new, self.head_dim)
+        rows = [(self.batch, self.new, n * self.head_dim) for n in (self.heads, self.kv_heads, self.kv_heads)]
+        return (*rows, angles, angles, (self.batch, self.new), cache, cache)
+
+
+CASES = (
+    Case(1, 1, 127, 128),
+    Case(1, 1, 4095, 4096),
+    Case(4, 1, 2047, 2048),
+    Case(32, 1, 4095, 4096),
+    Case(64, 1, 1023, 4096),
+    Case(1, 128, 0, 4096),
+    Case(1, 4096, 0, 4096),
+    Case(4, 4096, 0, 4096),
+    Case(1, 16384, 0, 16384),
+    Case(1, 1024, 3072, 4096),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """``microseconds`` per run, of which ``floor`` have to be; ``share`` of the floor that is reached."""
+
+    case: str
+    dtype: str
+    tactic: str
+    microseconds: float
+    floor: float
+    share: float
+    tflops: float
+    error: float
+
+
+Tensors = list[torch.Tensor]
+
+
+def random_inputs(case: Case, dtype: torch.dtype) -> Tensors:
+    """The op's inputs, in order, with random numbers."""
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=dtype, device="cuda")
+
+    *rows, _, _, _, cache, _ = case.dims
+    positions = (case.past + torch.arange(case.new, device="cuda")).repeat(case.batch, 1)
+    steps = torch.arange(case.head_dim // 2, device="cuda").repeat(2) / (case.head_dim // 2)
+    angles = positions[:, None, :, None].float() * 1e6**-steps
+    new = [random(*shape) for shape in rows]
+    return [*new, angles.cos().to(dtype), angles.sin().to(dtype), positions, random(*cache), random(*cache)]
+
+
+def expected(case: Case, inputs: Tensors) -> torch.Tensor:
+    """The output in float32, on one sequence at a time; the inputs' caches are not written."""
+    query, key, value, cos, sin, positions, past_key, past_value = inputs
+    results = []
+    for b in range(case.batch):
+        heads = [x[b].view(case.new, -1, case.head_dim).transpose(0, 1) for x in (query, key, value)]
+        rotated = [_rotate(x.float(), cos[b].float(), sin[b].float()).to(x.dtype) for x in heads[:2]]
+        keys, values = past_key[b].clone(), past_value[b].clone()
+        keys[:, positions[b]], values[:, positions[b]] = rotated[1], heads[2]
+        end = case.past + case.new
+        mask = torch.arange(end, device="cuda") <= positions[b][:, None]
+        group = case.heads // case.kv_heads
+        rows = []
+        for head in range(case.heads):
+            k, v = keys[head // group, :end].float(), values[head // group, :end].float()
+            scores = (rotated[0][head].float() @ k.T * case.head_dim**-0.5).masked_fill(~mask, float("-inf"))
+            rows.append(torch.softmax(scores, -1) @ v)
+        results.append(torch.stack(rows, 1).reshape(case.new, -1))
+    return torch.stack(results)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    low, high = x.chunk(2, -1)
+    return x * cos + torch.cat((-high, low), -1) * sin
+
+
+def runner(prepared: Prepared, inputs: Tensors, output: torch.Tensor) -> Callable[[], None]:
+    """Runs a plan, the cache updated in place."""
+    return lambda: prepared(inputs, [output, inputs[6], inputs[7]])
+
+
+def copies(case: Case) -> int:
+    """How many caches to go round, so that each is out of the GPU's own cache when its turn comes."""
+    size = 2 * 2 * case.batch * case.kv_heads * case.slots * case.head_dim
+    return max(2, min(40, -(-400_000_000 // size)))
+
+
+def measure(case: Case, dtype: torch.dtype, read: float, matmul: float) -> Row:
+    """One row, with another cache in each run of a graph."""
+    name = str(dtype).removeprefix("torch.")
+    tactic = tactics("Attention", case.attributes, case.dims, name, compute_capability())[0]
+    prepared = prepare(tactic, case.dims)
+    sets = [random_inputs(case, dtype) for _ in range(copies(case))]
+    output = torch.full_like(sets[0][0], float("nan"))
+    want = expected(case, sets[0])
+    runner(prepared, sets[0], output)()
+    error = relative_error(output, want)
+    time = microseconds([runner(prepared, inputs, output) for inputs in sets])
+    pairs = case.batch * case.new * (case.past + (case.new + 1) / 2)
+    operations = 4 * pairs * case.heads * case.head_dim
+    size = 2 * 2 * case.batch * case.kv_heads * (case.past + case.new) * case.head_dim
+    floor = max(1e6 * size / read, 1e6 * operations / matmul if case.new > 1 else 0)
+    label = f"{case.batch} × {case.new} new, {case.past} past"
+    return Row(label, name, tactic.name, time, floor, floor / time, operations / time / 1e6, error)
+
+
+def table_line(row: Row) -> str:
+    return (
+        f"{row.case:26} {row.dtype:8} {row.tactic:10} {row.microseconds:8.1f} µs  floor {row.floor:7.1f}  "
+        f"{100 * row.share:5.1f}%  {row.tflops:6.1f} TFLOP/s  error {row.error:.1e}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path, help="JSON of all rows")
+    parser.add_argument("--dtypes", nargs="+", default=["float16"])
+    options = parser.parse_args()
+    rows, read = [], read_bandwidth()
+    for name in options.dtypes:
+        dtype = getattr(torch, name)
+        matmul = matmul_peak(dtype)
+        print(f"{name}: reading {read / 1e12:.2f} TB/s, matrix product {matmul / 1e12:.0f} TFLOP/s", flush=True)
+        for case in CASES:
+            rows.append(measure(case, dtype, read, matmul))
+            print(table_line(rows[-1]), flush=True)
+    options.output.write_text(json.dumps({"machine": machine(), "rows": [asdict(row) for row in rows]}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
