@@ -47,7 +47,7 @@ def node_text(node: NodeProto, types: dict[str, str], constants: dict[str, Tenso
     inputs = ", ".join(_constant(constants[name]) if name in constants else name for name in node.input)
     outputs = ", ".join(_typed(name, types) for name in node.output if name)
     attributes = ", ".join(f"{each.name}={_attribute(each)}" for each in sorted(node.attribute, key=lambda a: a.name))
-    op = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+    op = op_of(node)
     return f"{node.name.rpartition('/')[2]}: {outputs} = {op}{f'<{attributes}>' if attributes else ''}({inputs})"
 
 
@@ -63,6 +63,11 @@ def _value_type(value: ValueInfoProto) -> str:
 
 def _type(code: int, dims: Iterable[object]) -> str:
     return f"{TensorProto.DataType.Name(code).lower()}[{', '.join(map(str, dims))}]"
+
+
+def op_of(node: NodeProto) -> str:
+    """``moecompiler::MoE``; a standard operator's name alone."""
+    return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
 
 
 def is_written_out(tensor: TensorProto) -> bool:

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
-import onnx
 from onnx import AttributeProto, NodeProto, TensorProto
 
 from moecompiler.debugging.held import Held, Side, digest, held_by
 from moecompiler.graph import module_of
-from moecompiler.graph_text import node_text, types_by_name
+from moecompiler.graph_text import node_text, op_of, types_by_name
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -84,7 +83,7 @@ def diff(before: Side, after: Side) -> GraphDiff:
         "functions": _edits(_functions(before), _functions(after)),
         "versions": _edits(_versions(before), _versions(after)),
     }
-    counts = [Counter(_op(node) for node in side.program.model.graph.node) for side in sides]
+    counts = [Counter(op_of(node) for node in side.program.model.graph.node) for side in sides]
     ops = {op: (counts[0][op], counts[1][op]) for op in sorted({*counts[0]} | {*counts[1]})}
     return GraphDiff({name: tuple(edits) for name, edits in modules.items()}, ops, sections, notes)
 
@@ -184,10 +183,6 @@ def _versions(side: Side) -> dict[str, str]:
         each.domain or "ai.onnx": f"opset {each.domain or 'ai.onnx'} {each.version}" for each in model.opset_import
     }
     return {"ir": f"IR version {model.ir_version}"} | dict(sorted(opsets.items()))
-
-
-def _op(node: onnx.NodeProto) -> str:
-    return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
 
 
 def _edits_json(edits: Sequence[Edit]) -> dict[str, Any]:

@@ -9,16 +9,20 @@ import typer
 
 from moecompiler.tools.passes.bisect import bisect
 from moecompiler.tools.passes.diff import diff
+from moecompiler.tools.passes.explain import explain
 from moecompiler.tools.passes.listing import list_
 from moecompiler.tools.passes.reduce import reduce
+from moecompiler.tools.passes.report import report
 from moecompiler.tools.passes.verify import verify
 
 VERBS: dict[str, Callable[..., Any]] = {
     "list": list_,
     "diff": diff,
+    "explain": explain,
     "verify": verify,
     "bisect": bisect,
     "reduce": reduce,
+    "report": report,
 }
 
 
