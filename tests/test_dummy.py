@@ -15,7 +15,7 @@ from checkpoints import save_hf, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moecompiler import dummy
+from moecompiler import uniform
 from moecompiler.checkpoint import HFCheckpoint, check_unchanged, expected_tensors, open_checkpoint
 from moecompiler.config import PRESETS, ModelConfig, parse_config
 from moecompiler.dummy import DummyCheckpoint, open_source
@@ -38,7 +38,7 @@ def test_a_box_is_the_box_of_the_whole(data: st.DataObject, name: str, chunk: in
     start = tuple(data.draw(st.integers(0, size)) for size in full.shape)
     shape = tuple(data.draw(st.integers(0, size - a)) for a, size in zip(start, full.shape, strict=True))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dummy, "CHUNK", chunk)
+        patch.setattr(uniform, "CHUNK", chunk)
         box = source.read(name, start, shape)
     assert box.shape == shape
     np.testing.assert_array_equal(box, full[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))])

@@ -104,7 +104,7 @@ def _under_launcher(request: Request, artifact: Artifact, communicator: Communic
 def validate_with(request: Request, artifact: Artifact, communicator: Communicator) -> Report:
     """One rank's part; every rank returns the whole report."""
     from moecompiler.dummy import open_source
-    from moecompiler.validation.reference_run import RankPlace
+    from moecompiler.validation.place import RankPlace
     from moecompiler.validation.scenario import random_scenario, text_scenario
     from moecompiler.validation.tolerances import TOLERANCES
     from moecompiler.validation.validate import validate_rank

@@ -17,7 +17,7 @@ from moecompiler.debugging.subject import Outputs
 from moecompiler.errors import UserError
 from moecompiler.foreign import OnnxReader, open_foreign
 from moecompiler.graph import Program
-from moecompiler.validation.reference_run import Arrays
+from moecompiler.validation.place import Arrays
 from moecompiler.validation.tolerances import TOLERANCES, Tolerance
 
 _SIZES = (2, 7)  # of the first open dim that inputs name, and of the others

@@ -15,7 +15,7 @@ from moecompiler.graph import Program
 from moecompiler.mapping import Mapping
 from moecompiler.runtime.communicator import Communicator
 from moecompiler.runtime.threads import run_in_threads
-from moecompiler.validation.reference_run import Arrays
+from moecompiler.validation.place import Arrays
 from moecompiler.validation.scenario import Step
 
 

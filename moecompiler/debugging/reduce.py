@@ -17,8 +17,8 @@ from moecompiler.errors import UserError
 from moecompiler.graph import DOMAIN, Program, is_collective
 from moecompiler.pipeline import Change, Pass, apply, run_passes
 from moecompiler.runtime.communicator import Alone, using_communicator
-from moecompiler.validation.reference_run import Arrays
-from moecompiler.validation.runners import relative_error
+from moecompiler.validation.difference import relative_error
+from moecompiler.validation.place import Arrays
 from moecompiler.weights import Recipe
 
 _MOST_RINGS, _MOST_NODES = 10, 200  # one layer of an export has 130 nodes

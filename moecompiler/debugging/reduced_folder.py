@@ -18,7 +18,7 @@ from moecompiler.errors import UserError
 from moecompiler.graph import Program, load_program
 from moecompiler.pipeline import Pass, apply
 from moecompiler.safetensors_file import map_tensor, read_header
-from moecompiler.validation.reference_run import Arrays
+from moecompiler.validation.place import Arrays
 from moecompiler.weights import Piece, Recipe, Shape, TensorReader
 
 _SCRIPT = '''"""Shows that after.onnx does not compute what before.onnx does. Needs moecompiler and onnxruntime, no more.

@@ -18,8 +18,8 @@ from moecompiler.debugging.observe import observe_rank
 from moecompiler.graph import Program, load_program
 from moecompiler.runtime.communicator import Communicator
 from moecompiler.runtime.threads import run_in_threads
-from moecompiler.validation.quality import engine_logits, hf_logits, load_hf
-from moecompiler.validation.reference_run import Arrays, RankPlace
+from moecompiler.validation.engine_run import engine_logits
+from moecompiler.validation.place import Arrays, RankPlace
 from moecompiler.validation.scenario import Scenario
 from moecompiler.validation.tolerances import TOLERANCES, Tolerance
 from moecompiler.weights import TensorReader
@@ -101,6 +101,8 @@ class ExportedRanks:
 
     @cached_property
     def _reference(self) -> Outputs:
+        from moecompiler.validation.quality import hf_logits, load_hf
+
         model = load_hf(self.places[0].config, self.identity, self.source)
         return [hf_logits(model, scenario) for scenario in self.scenarios]
 

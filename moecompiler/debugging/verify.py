@@ -10,8 +10,7 @@ from moecompiler.debugging.observe import boundaries
 from moecompiler.debugging.subject import Outputs, Subject
 from moecompiler.graph import Program
 from moecompiler.pipeline import Pass, PassResult, apply
-from moecompiler.validation.difference import Difference, outputs_differ
-from moecompiler.validation.runners import relative_errors
+from moecompiler.validation.difference import Difference, outputs_differ, relative_errors
 
 
 @dataclass(frozen=True)

@@ -57,3 +57,21 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     wide = logits.astype(np.float64)
     wide -= wide.max(-1, keepdims=True)
     return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+
+
+def relative_error(value: np.ndarray, reference: np.ndarray) -> float:
+    """``‖value - reference‖ / ‖reference‖``; infinite where a value is not finite."""
+    if not np.isfinite(value).all():
+        return float("inf")
+    norm = float(np.linalg.norm(reference.astype(np.float64)))
+    error = float(np.linalg.norm(value.astype(np.float64) - reference.astype(np.float64)))
+    return error / norm if norm else error
+
+
+def relative_errors(value: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """``‖value - reference‖ / ‖reference‖`` over the last axis, one number a token ``[tokens]``. A token's reference counts as
+    no smaller than a hundredth of the mean one: a rank whose experts a token hardly touches adds next to nothing to it."""
+    wide, true = (array.astype(np.float64).reshape(-1, array.shape[-1]) for array in (value, reference))
+    norms = np.linalg.norm(true, axis=-1)
+    floor = max(1e-2 * float(norms.mean()), float(np.finfo(np.float32).tiny))
+    return np.linalg.norm(wide - true, axis=-1) / np.maximum(norms, floor)

@@ -18,9 +18,11 @@ from moecompiler.backends.onnxruntime import open_part
 from moecompiler.cutting import cut
 from moecompiler.graph import load_program, output_of
 from moecompiler.runtime.communicator import Communicator, using_communicator
+from moecompiler.validation.difference import relative_errors
+from moecompiler.validation.place import RankPlace
 from moecompiler.validation.recording import RecordingCommunicator
-from moecompiler.validation.reference_run import RankPlace, RankStep
-from moecompiler.validation.runners import as_engine_type, relative_errors
+from moecompiler.validation.reference_run import RankStep
+from moecompiler.validation.runners import as_engine_type
 from moecompiler.validation.tolerances import Tolerance
 
 

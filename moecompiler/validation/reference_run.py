@@ -10,39 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from moecompiler.config import ExportOptions, ModelConfig
 from moecompiler.export import cache_names
 from moecompiler.graph import output_of
-from moecompiler.mapping import Mapping
 from moecompiler.model import Cache, RankModule
 from moecompiler.reference import empty_caches
 from moecompiler.runtime.communicator import Communicator, using_communicator
+from moecompiler.validation.place import Arrays, RankPlace
 from moecompiler.validation.recording import RecordingCommunicator
 from moecompiler.validation.scenario import Step
-
-Arrays = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class RankPlace:
-    """Which rank of which model split how; what a rank's torch module is called with depends on no more."""
-
-    config: ModelConfig
-    mapping: Mapping
-    options: ExportOptions
-    rank: int
-
-    @property
-    def layers(self) -> range:
-        return self.mapping.layers(self.rank, self.config.num_hidden_layers)
-
-    @property
-    def main_input(self) -> str:
-        return "input_ids" if self.mapping.is_first_stage(self.rank) else "hidden_states"
-
-    @property
-    def main_output(self) -> str:
-        return "logits" if self.mapping.is_last_stage(self.rank) else "next_hidden_states"
 
 
 @dataclass(frozen=True)

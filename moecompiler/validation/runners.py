@@ -12,7 +12,9 @@ from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
 
-from moecompiler.validation.reference_run import Arrays, RankStep
+from moecompiler.validation.difference import relative_error
+from moecompiler.validation.place import Arrays
+from moecompiler.validation.reference_run import RankStep
 from moecompiler.validation.tolerances import Tolerance
 
 
@@ -55,7 +57,7 @@ class OutputReport:
 def compare_rank(
     rank: int,
     scenario: str,
-    engine: BaseRunner,
+    runner: Callable[[Arrays], BaseRunner],
     types: Mapping[str, np.dtype],
     call_module: Callable[[Arrays], Arrays],
     records: Sequence[RankStep],
@@ -66,7 +68,7 @@ def compare_rank(
     G_LOGGER.module_severity = G_LOGGER.CRITICAL  # what it would print is in the report
     feeds = [{name: rounded(array, types[name]) for name, array in record.feeds.items()} for record in records]
     module = ModuleRunner(call_module, feeds[0], name=f"torch module of rank {rank}")
-    results = Comparator.run([engine, module], data_loader=feeds)
+    results = Comparator.run([runner(feeds[0]), module], data_loader=feeds)
     widened = [(name, [_float32(iteration) for iteration in iterations]) for name, iterations in results]
     for (_, iterations), (_, wide) in zip(results, widened, strict=True):
         for iteration, arrays in zip(iterations, wide, strict=True):
@@ -91,24 +93,6 @@ def compare_rank(
         )
         for name in references[0]
     ]
-
-
-def relative_error(value: np.ndarray, reference: np.ndarray) -> float:
-    """``‖value - reference‖ / ‖reference‖``; infinite where a value is not finite."""
-    if not np.isfinite(value).all():
-        return float("inf")
-    norm = float(np.linalg.norm(reference.astype(np.float64)))
-    error = float(np.linalg.norm(value.astype(np.float64) - reference.astype(np.float64)))
-    return error / norm if norm else error
-
-
-def relative_errors(value: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """``‖value - reference‖ / ‖reference‖`` over the last axis, one number a token ``[tokens]``. A token's reference counts as
-    no smaller than a hundredth of the mean one: a rank whose experts a token hardly touches adds next to nothing to it."""
-    wide, true = (array.astype(np.float64).reshape(-1, array.shape[-1]) for array in (value, reference))
-    norms = np.linalg.norm(true, axis=-1)
-    floor = max(1e-2 * float(norms.mean()), float(np.finfo(np.float32).tiny))
-    return np.linalg.norm(wide - true, axis=-1) / np.maximum(norms, floor)
 
 
 def _float32(iteration: Arrays) -> Arrays:

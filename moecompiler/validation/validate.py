@@ -12,10 +12,12 @@ from moecompiler.checkpoint import Source
 from moecompiler.reference import load_rank_module
 from moecompiler.runtime.communicator import Communicator
 from moecompiler.runtime.session import StageSession
+from moecompiler.validation.engine_run import engine_logits
 from moecompiler.validation.engines import open_engine
 from moecompiler.validation.localize import PartReport, localize
-from moecompiler.validation.quality import Quality, compare, engine_logits, hf_logits, load_hf
-from moecompiler.validation.reference_run import RankPlace, RankStep, call_module, run_reference
+from moecompiler.validation.place import RankPlace
+from moecompiler.validation.quality import Quality, compare, hf_logits, load_hf
+from moecompiler.validation.reference_run import RankStep, call_module, run_reference
 from moecompiler.validation.runners import OutputReport, compare_rank
 from moecompiler.validation.scenario import Scenario
 from moecompiler.validation.tolerances import Tolerance

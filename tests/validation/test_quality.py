@@ -11,8 +11,8 @@ from moecompiler.config import PRESETS, ExportOptions, ModelConfig
 from moecompiler.dummy import DummyCheckpoint
 from moecompiler.mapping import Mapping
 from moecompiler.reference import empty_caches, load_rank_module
+from moecompiler.validation.difference import relative_errors
 from moecompiler.validation.quality import compare, hf_logits, load_hf
-from moecompiler.validation.runners import relative_errors
 from moecompiler.validation.scenario import Scenario, random_scenario, text_scenario
 from moecompiler.validation.tolerances import TOLERANCES
 

@@ -33,7 +33,7 @@ def open_subject(target: Path, seed: int = 0) -> Subject:
         return ForeignFile(target, seed)
     from moecompiler.debugging.subject import ExportedRanks
     from moecompiler.dummy import open_source
-    from moecompiler.validation.reference_run import RankPlace
+    from moecompiler.validation.place import RankPlace
 
     artifact = open_export(target)
     artifact.check()
