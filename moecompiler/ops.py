@@ -19,6 +19,7 @@ from onnx import parser
 from moecompiler.graph import DOMAIN, OPSET
 
 VERSION = 1
+COLLECTIVES = ("AllReduce", "AllGather")  # ops without a body: every backend has its own
 
 
 def plugin_name(op: str) -> str:

@@ -41,8 +41,11 @@ class TensorRTPlugins:
         """Why no plugin can stand for this node; None where one can."""
         import onnx
 
+        from moecompiler.ops import COLLECTIVES
         from moecompiler.plugins.tactics import tactics
 
+        if node.op_type in COLLECTIVES:
+            return None
         if node.op_type not in plugin_ops():
             return "there is no plugin for it"
         if dtype not in TRITON_TYPES:

@@ -18,7 +18,8 @@ import tensorrt as trt
 
 from moecompiler.errors import UserError
 from moecompiler.graph import DOMAIN
-from moecompiler.ops import VERSION, Value, plugin_name
+from moecompiler.ops import COLLECTIVES, VERSION, Value, plugin_name
+from moecompiler.plugins.collective_plugin import CollectiveCreator
 from moecompiler.plugins.driver import Function, load, run
 from moecompiler.plugins.fields import CUBINS, PLAN, Baked, BakedTactic, fingerprint, pack, unpack
 from moecompiler.plugins.launch import Cubin, Dims, Kernel, Tactic, scratch_bytes
@@ -221,9 +222,10 @@ def register(ops: Mapping[str, PluginOp]) -> None:
     check_fields()
     registry = trt.get_plugin_registry()
     modules = Modules()
-    for op in ops.values():
-        if registry.get_creator(plugin_name(op.spec.name), str(VERSION), DOMAIN) is None:
-            registry.register_creator(Creator(op, modules), DOMAIN)
+    creators = [Creator(op, modules) for op in ops.values()] + [CollectiveCreator(op) for op in COLLECTIVES]
+    for creator in creators:
+        if registry.get_creator(creator.name, str(VERSION), DOMAIN) is None:
+            registry.register_creator(creator, DOMAIN)
 
 
 def check_fields() -> None:

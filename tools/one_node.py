@@ -39,7 +39,7 @@ def build(program: Program, profiles: Sequence[Shapes], plugins: str, dtype: str
     library.register()
     path = directory / "node.onnx"
     path.write_bytes(prepared.program.model.SerializeToString())
-    names = [node.name for node in program.model.graph.node]
+    names = [node.name for node in prepared.program.model.graph.node]
     plan = build_plan(path, profiles, names, [], bool(prepared.aliases), lambda fraction: None)
     return Engine(plan, prepared.aliases)
 

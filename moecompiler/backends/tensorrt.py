@@ -93,7 +93,7 @@ class TensorRTBackend:
             plan = build_plan(
                 staged[f"{stem}.onnx"],
                 profiles(model.graph.input, settings.limits),
-                [node.name for node in program.model.graph.node],
+                [node.name for node in model.graph.node],
                 [path.read_bytes() for path in sorted(directory.glob("*.timing"))],
                 bool(prepared.aliases),
                 lambda fraction: progress(_WEIGHTS_SHARE + (1 - _WEIGHTS_SHARE) * fraction),

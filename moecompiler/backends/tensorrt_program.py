@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import onnx
+import onnx.inliner
 from onnx import TensorProto, helper, numpy_helper
 
 from moecompiler.backends.base import BuildSettings, PluginLibrary
@@ -42,12 +44,13 @@ def prepare(program: Program, settings: BuildSettings, dtype: str, sm: int, libr
     model = onnx.ModelProto()
     model.CopyFrom(program.model)
     chosen, notes = choose_plugins(model, settings.plugins, dtype, sm, library)
-    mark_plugins(model, chosen)
+    aliases = find_aliases(model, chosen, library)
+    model = mark_plugins(model, chosen)
     weights = inline_literals(model, program.weights)
     bound = {} if not binds_experts(settings, weights) else {n: r for n, r in weights.items() if is_expert(n, r)}
     make_inputs(model, bound)
     baked = {name: recipe for name, recipe in weights.items() if name not in bound}
-    return Prepared(Program(model, baked), bound, chosen, find_aliases(model, chosen, library), tuple(notes))
+    return Prepared(Program(model, baked), bound, chosen, aliases, tuple(notes))
 
 
 def choose_plugins(
@@ -99,33 +102,27 @@ def known_shapes(model: onnx.ModelProto) -> dict[str, Shape]:
     return shapes
 
 
-def mark_plugins(model: onnx.ModelProto, chosen: Mapping[str, str]) -> None:
-    """Chosen nodes get their plugin's name, under which there is no function; the others keep their function, under a name of
-    its own too.
+def mark_plugins(model: onnx.ModelProto, chosen: Mapping[str, str]) -> onnx.ModelProto:
+    """Chosen nodes get their plugin's name, under which there is no function; of the others the bodies are inlined.
 
-    The parser inlines every node that has a function of its name, registered plugin or not. And it goes by names without
-    domains: one that knows ONNX's own ``Attention`` (TensorRT 10.15 and later) would take ours for it.
+    TensorRT's parser would inline them too, but not reliably: it goes by an op's name without its domain, and takes ours for
+    ONNX's own ``Attention`` where it knows that (10.15 and later); and it takes a body's value for the graph's of the same name
+    (10.6).
     """
-    rest = {node.op_type for node in model.graph.node if node.domain == DOMAIN and node.name not in chosen}
     for node in model.graph.node:
-        if node.domain != DOMAIN:
-            continue
         if node.name in chosen:
             node.op_type = plugin_name(node.op_type)
             node.attribute.append(helper.make_attribute("plugin_namespace", DOMAIN))
             node.attribute.append(helper.make_attribute("plugin_version", str(VERSION)))
-        else:
-            node.op_type += "Body"
-    kept = []
-    for function in model.functions:
-        if function.domain == DOMAIN and function.name not in rest:
-            continue
-        if function.domain == DOMAIN:
-            function.name += "Body"
-        kept.append(function)
-    functions = [onnx.FunctionProto.FromString(function.SerializeToString()) for function in kept]
-    del model.functions[:]
-    model.functions.extend(functions)
+    inlined = onnx.inliner.inline_local_functions(model)
+    bodies = {(function.domain, function.name): function for function in model.functions}
+    rest = iter(inlined.graph.node)
+    for node in model.graph.node:
+        body = bodies.get((node.domain, node.op_type))
+        for index, inner in enumerate(islice(rest, len(body.node) if body else 1)):
+            if body:  # the inliner leaves them without a name
+                inner.name = f"{node.name}.{inner.op_type}_{index}"
+    return inlined
 
 
 def find_aliases(model: onnx.ModelProto, chosen: Mapping[str, str], library: PluginLibrary) -> dict[str, str]:

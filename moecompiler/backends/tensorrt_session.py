@@ -22,6 +22,7 @@ from moecompiler.backends.tensorrt_messages import explain
 from moecompiler.backends.tensorrt_profiles import DECODE, PREFILL, bucket_of
 from moecompiler.backends.tensorrt_record import Record
 from moecompiler.errors import UserError
+from moecompiler.ops import COLLECTIVES
 from moecompiler.runtime.device import Buffer, Device, Graph, HostBuffer, Stream
 from moecompiler.runtime.weight_loading import load_weights
 from moecompiler.weights import NUMPY_DTYPES, Shape
@@ -100,6 +101,7 @@ class TensorRTSession:
         self._prefill = self._make_context(PREFILL)
         self._decodes: dict[tuple[int, int], _Decode] = {}
         self._turn, self._batch = 0, 0
+        self._capturable = not any(op in COLLECTIVES for op in record.plugins.values())  # they wait for other ranks
 
     def start(self, batch: int) -> None:
         """Begins a batch with an empty KV cache."""
@@ -180,7 +182,7 @@ class TensorRTSession:
             decode = self._decodes[key] = _Decode(self._make_context(DECODE))
             self._bind(decode.context, (rows, 1), 0)
         self._upload(feeds, rows)
-        if decode.graph is None and decode.ran and self._capturable():
+        if decode.graph is None and decode.ran and self._capturable:
             decode.graph = self._stream.capture(lambda: self._enqueue(decode.context))
         if decode.graph is not None:
             decode.graph.launch(self._stream)
@@ -188,9 +190,6 @@ class TensorRTSession:
             self._enqueue(decode.context)
             decode.ran = True
         return self._download(decode.context, rows)[: len(feeds["position_ids"])]
-
-    def _capturable(self) -> bool:
-        return True
 
     def _bind(self, context: Any, tokens: tuple[int, int], row: int) -> None:
         """Shapes and addresses of every tensor for a step of ``tokens`` (sequences, tokens of each)."""
@@ -271,7 +270,7 @@ def _filled(shape: Shape, tokens: tuple[int, int]) -> Shape:
 
 def _load_plan(runtime: Any, path: Path, log: Log) -> Any:
     """Raises: UserError where the file is no plan of this TensorRT."""
-    engine = runtime.deserialize_cuda_engine(np.memmap(path, np.uint8, mode="r"))
+    engine = runtime.deserialize_cuda_engine(path.read_bytes())  # handed a mapped array, 10.6 crashes
     if engine is None:
         raise UserError(explain(f"cannot load {path}", log.errors, ()))
     return engine

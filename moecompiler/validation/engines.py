@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from polygraphy.backend.onnxrt import OnnxrtRunner
 from moecompiler.artifact import Artifact
 from moecompiler.backends.base import Backend, EngineLimits
 from moecompiler.runtime.session import CallableSession, StageSession
+from moecompiler.validation.reference_run import Arrays
 from moecompiler.validation.runners import ModuleRunner
 
 _ORT_TYPES = {"tensor(float16)": "float16", "tensor(float)": "float32", "tensor(int64)": "int64"}
@@ -18,10 +20,10 @@ _ORT_TYPES = {"tensor(float16)": "float16", "tensor(float)": "float32", "tensor(
 
 @dataclass(frozen=True)
 class Engine:
-    """``runner``: one step on given inputs, by the graph's names. ``types``: the dtype of each input. ``stage``: the same engine
+    """``runner``: makes, from an example of its inputs, what runs one step on given inputs, by the graph's names. ``types``: the dtype of each input. ``stage``: the same engine
     behind the interface of generation. ``has_parts``: whether its graph can be run in parts."""
 
-    runner: BaseRunner
+    runner: Callable[[Arrays], BaseRunner]
     types: dict[str, np.dtype]
     stage: StageSession
     has_parts: bool
@@ -36,8 +38,10 @@ def open_engine(artifact: Artifact, backend: Backend, rank: int, threads: int) -
 
         session = open_session(artifact.path(f"{stem}.onnx"), threads)
         types = {value.name: np.dtype(_ORT_TYPES[value.type]) for value in session.get_inputs()}
-        return Engine(OnnxrtRunner(lambda: session, name=name), types, OnnxRuntimeSession(session, limits), True)
+        return Engine(
+            lambda _: OnnxrtRunner(lambda: session, name=name), types, OnnxRuntimeSession(session, limits), True
+        )
     stage = backend.load(artifact.directory, stem, limits, threads, device=rank)
     if not isinstance(stage, CallableSession):
         raise TypeError(f"engines of backend {backend.name} cannot be run on given inputs")
-    return Engine(ModuleRunner(stage.call, {}, name), stage.input_types, stage, False)
+    return Engine(lambda example: ModuleRunner(stage.call, example, name), stage.input_types, stage, False)

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 
 import numpy as np
 import onnx
-import onnx.inliner
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from moecompiler.backends.base import BuildSettings, EngineLimits
 from moecompiler.backends.tensorrt_program import Prepared, prepare, serialized
 from moecompiler.errors import UserError
-from moecompiler.graph import DOMAIN, Program, weight_tensor
+from moecompiler.graph import DOMAIN, Program, module_of, weight_tensor
 from moecompiler.ops import add_function
 from moecompiler.plugin_switches import parse_plugins
 from moecompiler.plugins.attention.op import ATTENTION
@@ -71,10 +70,6 @@ def prepared(switches: str, *ops: str, program: Program | None = None, moe_weigh
     return prepare(program or norms_program(), settings, "float16", 90, Library(*ops))
 
 
-def ops_of(result: Prepared) -> list[str]:
-    return [node.op_type for node in result.program.model.graph.node]
-
-
 def functions_of(result: Prepared) -> list[str]:
     return [function.name for function in result.program.model.functions]
 
@@ -91,23 +86,27 @@ def test_on_drops_the_function() -> None:
         assert marks["epsilon"] == pytest.approx(1e-5)
 
 
-def test_off_changes_names_alone() -> None:
-    """Parsers that know ONNX's own Attention go by the name, whatever the domain."""
+def test_off_inlines_the_bodies() -> None:
+    """With names that keep their module, and values that no longer meet the graph's: a body has a ``y`` too."""
     result, program = prepared("off", "RMSNorm"), norms_program()
-    assert result.plugins == {}
-    assert ops_of(result)[:3] == ["RMSNormBody"] * 3
-    plain = [onnx.inliner.inline_local_functions(each.model).graph.node for each in (result.program, program)]
-    assert [node.op_type for node in plain[0]] == [node.op_type for node in plain[1]]
+    assert (result.plugins, functions_of(result)) == ({}, [])
+    nodes = result.program.model.graph.node
+    assert {module_of(node.name) for node in nodes} == {*(module_of(name) for name in NORMS), "model.layers.0.mlp"}
+    assert len({node.name for node in nodes}) == len(nodes) == 3 * len(program.model.functions[0].node) + 1
+    outputs = [name for node in nodes for name in node.output]
+    assert len(set(outputs)) == len(outputs)
 
 
 def test_one_of_three_is_off() -> None:
-    """It keeps the body, under a name that no plugin has; and the file is still a valid one."""
+    """It is inlined, between two nodes that are looked up among the plugins; both kinds are a parser's to know by name."""
     result = prepared("on,@layers.1=off", "RMSNorm")
     assert list(result.plugins) == [NORMS[0], NORMS[2]]
-    assert ops_of(result)[:3] == ["RMSNormPlugin", "RMSNormBody", "RMSNormPlugin"]
-    assert functions_of(result) == ["RMSNormBody"]
-    inlined = onnx.inliner.inline_local_functions(result.program.model)
-    assert [node.op_type for node in inlined.graph.node if node.domain == DOMAIN] == ["RMSNormPlugin"] * 2
+    ours = [node for node in result.program.model.graph.node if node.domain == DOMAIN]
+    assert [(node.name, node.op_type) for node in ours] == [(NORMS[0], "RMSNormPlugin"), (NORMS[2], "RMSNormPlugin")]
+    assert functions_of(result) == []
+    inlined = [node for node in result.program.model.graph.node if module_of(node.name) == module_of(NORMS[1])]
+    assert [node.op_type for node in inlined][:2] == ["Cast", "Constant"]
+    assert inlined[-1].output == ["y1"]
 
 
 def test_the_program_given_stays_as_it_was() -> None:

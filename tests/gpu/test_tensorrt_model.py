@@ -17,12 +17,24 @@ from moecompiler.tools.job import Job
 from moecompiler.tools.main import main
 from moecompiler.tools.run import load_rank
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 TINY_MIXTRAL = Path(__file__).parent.parent / "data" / "tiny-mixtral"
 LENGTHS, OUTPUT = (5, 12, 23, 31, 40, 47, 58, 64), 64
-MAPPINGS = {"one": (), "pp2": ("--pp_size", "2")}
+MAPPINGS = {
+    "one": (),
+    "tp2": ("--tp_size", "2"),
+    "ep2": ("--tp_size", "2", "--moe_ep_size", "2"),
+    "pp2": ("--pp_size", "2"),
+}
 TIE = {"float16": 0.1, "bfloat16": 0.8}  # logits (they span 36) that rounding may put in another order
-KINDS = [("float16", "off", "one"), ("float16", "on", "one"), ("bfloat16", "on", "one"), ("float16", "on", "pp2")]
+KINDS = [
+    ("float16", "off", "one"),
+    ("float16", "on", "one"),
+    ("float16", "on,@layers.1=off", "one"),
+    ("bfloat16", "off", "one"),
+    ("bfloat16", "on", "one"),
+    *(("float16", "on", mapping) for mapping in ("tp2", "ep2", "pp2")),
+]
 Compile = "functools._lru_cache_wrapper[Path]"
 
 
