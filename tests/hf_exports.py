@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import torch
 import transformers
+from readers import ArrayReader
 from torch import nn
 
 from moecompiler.backends.onnxruntime_program import WeightCache, open_program
@@ -112,17 +113,7 @@ def exported(kind: Kind) -> Foreign:
         program, _ = open_foreign(path)
         model = onnx.load(path)  # the folder goes, so weights are held in memory
     held = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    return Foreign(program, Arrays(held), make(kind))
-
-
-@dataclass(frozen=True)
-class Arrays:
-    """Source tensors in memory; see ``weights.TensorReader``."""
-
-    tensors: dict[str, np.ndarray]
-
-    def read(self, name: str, start: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
-        return self.tensors[name][tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))]
+    return Foreign(program, ArrayReader(held), make(kind))
 
 
 def tokens(shape: tuple[int, int]) -> np.ndarray:

@@ -46,6 +46,78 @@ def test_weights_are_taken_by_reference(tmp_path: Path, external: bool) -> None:
     assert not any(node.metadata_props for node in program.model.graph.node)
 
 
+def test_modules_are_read_from_the_names_of_the_tracing_exporter(tmp_path: Path) -> None:
+    traced = model()
+    del traced.graph.node[0].metadata_props[:]
+    traced.graph.node[0].name = "/model/layers.0/self_attn/q_proj/MatMul"
+    path = tmp_path / "model.onnx"
+    onnx.save(traced, path)
+    names = [node.name for node in open_foreign(path)[0].model.graph.node]
+    assert names == ["model.layers.0.self_attn.q_proj/MatMul_0", "/Add_1"]
+
+
+@pytest.mark.parametrize("opset", [18, 19, 20])
+@pytest.mark.parametrize("external", [False, True])
+def test_older_opsets_are_converted(tmp_path: Path, opset: int, external: bool) -> None:
+    older = model()
+    older.opset_import[0].version = opset
+    older.graph.node.insert(0, helper.make_node("Constant", [], ["unused"], name="node_constant", value_float=1.0))
+    path = tmp_path / "model.onnx"
+    onnx.save(older, path, save_as_external_data=external, location="model.data", size_threshold=0)
+    program, reader = open_foreign(path)
+    assert program.model.opset_import[0].version == 21
+    assert list(program.weights) == ["w"]
+    np.testing.assert_array_equal(materialize(program.weights["w"], reader), WEIGHT)
+    assert [each.name for each in program.model.graph.input] == ["x"]
+    assert module_of(program.model.graph.node[1].name) == "model.layers.0.self_attn.q_proj"
+
+
+def test_small_constants_outside_the_file_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(model(), path, save_as_external_data=True, location="model.data", size_threshold=0)
+    program, _ = open_foreign(path)
+    bias = next(tensor for tensor in program.model.graph.initializer if tensor.name == "b")
+    np.testing.assert_array_equal(numpy_helper.to_array(bias), np.ones(16, np.float32))
+
+
+SIZES_COMPUTED = """
+<ir_version: 10, opset_import: ["": 21]>
+g (float[batch, sequence, 32] x) => (float[a, b, c, d] y) <int64 zero = {0}, int64 one = {1}, int64[1] axis = {0},
+    int64[1] rest = {-1}, int64[1] size = {8}> {
+    shape = Shape (x)
+    b0 = Gather (shape, zero)
+    s0 = Gather (shape, one)
+    b1 = Unsqueeze (b0, axis)
+    s1 = Unsqueeze (s0, axis)
+    heads = Concat <axis = 0> (b1, s1, rest, size)
+    split = Reshape (x, heads)
+    y = Transpose <perm = [0, 2, 1, 3]> (split)
+}
+"""
+
+
+def test_shapes_that_the_graph_computes_are_known(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(onnx.parser.parse_model(SIZES_COMPUTED), path)
+    program, _ = open_foreign(path)
+    split = next(value for value in program.model.graph.value_info if value.name == "split")
+    dims = [dim.dim_param or dim.dim_value for dim in split.type.tensor_type.shape.dim]
+    assert dims == ["batch", "sequence", 4, 8]
+
+
+def test_a_graph_with_ops_that_nobody_knows_keeps_the_shapes_it_has(tmp_path: Path) -> None:
+    strange = model()
+    strange.opset_import.append(helper.make_opsetid("elsewhere", 1))
+    strange.graph.node.append(helper.make_node("Strange", ["y"], ["z"], domain="elsewhere"))
+    strange.graph.node.append(helper.make_node("Neg", ["z"], ["unseen"]))
+    path = tmp_path / "model.onnx"
+    onnx.save(strange, path)
+    program, _ = open_foreign(path)
+    shapes = {value.name: len(value.type.tensor_type.shape.dim) for value in program.model.graph.value_info}
+    assert shapes["h"] == 2
+    assert not list(Path().glob("sym_shape_infer*"))
+
+
 def _opset_17(broken: onnx.ModelProto) -> None:
     broken.opset_import[0].version = 17
 
