@@ -27,7 +27,7 @@ MAPPINGS = {
     "pp2": ("--pp_size", "2"),
 }
 TIE = {"float16": 0.1, "bfloat16": 0.8}  # logits (they span 36) that rounding may put in another order
-KINDS = [
+_KINDS = [
     ("float16", "off", "one"),
     ("float16", "on", "one"),
     ("float16", "on,@layers.1=off", "one"),
@@ -35,6 +35,8 @@ KINDS = [
     ("bfloat16", "on", "one"),
     *(("float16", "on", mapping) for mapping in ("tp2", "ep2", "pp2")),
 ]
+# tests of one kind share its engines, in whatever process they run
+KINDS = [pytest.param(*kind, marks=pytest.mark.xdist_group("-".join(kind)), id="-".join(kind)) for kind in _KINDS]
 Compile = "functools._lru_cache_wrapper[Path]"
 
 

@@ -1,0 +1,238 @@
+"""A GPU made of host memory, and a TensorRT whose engines are ONNX Runtime's: what a session does with both can be tested
+anywhere. Freed memory is poisoned and then kept, so that whoever reads it is found out."""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnxruntime
+
+from moecompiler.backends.onnxruntime import open_session
+
+OK = (0,)
+
+
+class FakeDriver:
+    """The functions of ``cuda.bindings.driver`` that are called; a captured graph is the list of what was enqueued."""
+
+    CUresult = SimpleNamespace(CUDA_ERROR_OUT_OF_MEMORY=2)
+    CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
+    CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
+
+    def __init__(self, memory: int = 1 << 30):
+        self.blocks: dict[int, np.ndarray] = {}
+        self.free = self.memory = memory
+        self.capturing: list[Callable[[], None]] | None = None
+        self.launched = self.captured = 0
+
+    def cuMemAlloc(self, count: int) -> tuple[Any, ...]:
+        if count > self.free:
+            return _Failed(2), 0
+        self.free -= count
+        block = np.full(count, 0xFF, np.uint8)  # not a number, as uninitialized memory may be
+        self.blocks[block.ctypes.data] = block
+        return 0, block.ctypes.data
+
+    cuMemAllocHost = cuMemAlloc
+
+    def cuMemFree(self, pointer: int) -> tuple[int]:
+        self.free += len(self.blocks[pointer])
+        self.blocks[pointer][:] = 0xFF
+        return OK
+
+    cuMemFreeHost = cuMemFree
+
+    def cuMemGetInfo(self) -> tuple[Any, ...]:
+        return 0, self.free, self.memory
+
+    def cuCtxGetCurrent(self) -> tuple[Any, ...]:
+        return 0, 1
+
+    def cuCtxPushCurrent(self, context: int) -> tuple[int]:
+        return OK
+
+    def cuCtxPopCurrent(self) -> tuple[Any, ...]:
+        return 0, 1
+
+    def cuStreamCreate(self, flags: int) -> tuple[Any, ...]:
+        return 0, 7
+
+    def cuStreamDestroy(self, stream: int) -> tuple[int]:
+        return OK
+
+    def cuStreamSynchronize(self, stream: int) -> tuple[int]:
+        return OK
+
+    def cuMemcpyHtoDAsync(self, target: int, source: int, count: int, stream: int) -> tuple[int]:
+        self._holding(target, count)
+        ctypes.memmove(target, source, count)
+        return OK
+
+    def cuMemcpyDtoHAsync(self, target: int, source: int, count: int, stream: int) -> tuple[int]:
+        self._holding(source, count)
+        ctypes.memmove(target, source, count)
+        return OK
+
+    def cuMemsetD8Async(self, target: int, value: int, count: int, stream: int) -> tuple[int]:
+        self._holding(target, count)
+        ctypes.memset(target, value, count)
+        return OK
+
+    def cuStreamBeginCapture(self, stream: int, mode: int) -> tuple[int]:
+        self.capturing = []
+        return OK
+
+    def cuStreamEndCapture(self, stream: int) -> tuple[Any, ...]:
+        graph, self.capturing = self.capturing, None
+        self.captured += 1
+        return 0, graph
+
+    def cuGraphInstantiate(self, graph: Any, flags: int) -> tuple[Any, ...]:
+        return 0, graph
+
+    def cuGraphDestroy(self, graph: Any) -> tuple[int]:
+        return OK
+
+    cuGraphExecDestroy = cuGraphDestroy
+
+    def cuGraphLaunch(self, graph: Any, stream: int) -> tuple[int]:
+        self.launched += 1
+        for work in graph:
+            work()
+        return OK
+
+    def enqueue(self, work: Callable[[], None]) -> None:
+        if self.capturing is None:
+            work()
+        else:
+            self.capturing.append(work)
+
+    def array(self, pointer: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """The GPU's memory as an array."""
+        count = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        self._holding(pointer, count)
+        return np.ctypeslib.as_array((ctypes.c_uint8 * count).from_address(pointer)).view(dtype).reshape(shape)
+
+    def _holding(self, pointer: int, count: int) -> None:
+        inside = any(begin <= pointer and pointer + count <= begin + len(block) for begin, block in self.blocks.items())
+        assert inside, f"{count} bytes at {pointer} are nobody's"
+
+
+class _Failed(int):
+    name = "CUDA_ERROR_OUT_OF_MEMORY"
+
+
+class DataType(enum.Enum):
+    FLOAT, HALF, BF16, INT64 = range(4)
+
+
+_TYPES = {"tensor(float)": DataType.FLOAT, "tensor(float16)": DataType.HALF, "tensor(int64)": DataType.INT64}
+_NUMPY = {
+    DataType.FLOAT: np.float32,
+    DataType.HALF: np.float16,
+    DataType.BF16: ml_dtypes.bfloat16,
+    DataType.INT64: np.int64,
+}
+
+
+class FakeEngine:
+    """The engine file beside the plan, in ONNX Runtime."""
+
+    device_memory_size_v2 = 4096
+
+    def __init__(self, session: onnxruntime.InferenceSession, driver: FakeDriver):
+        self.session, self.driver = session, driver
+        self.values = {value.name: value for value in (*session.get_inputs(), *session.get_outputs())}
+        self.inputs = [value.name for value in session.get_inputs()]
+        self.names = list(self.values)
+        self.num_io_tensors = len(self.names)
+        self.contexts: list[FakeContext] = []
+
+    def get_tensor_name(self, index: int) -> str:
+        return self.names[index]
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "in" if name in self.inputs else "out"
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(size if isinstance(size, int) else -1 for size in self.values[name].shape)
+
+    def get_tensor_dtype(self, name: str) -> DataType:
+        return _TYPES[self.values[name].type]
+
+    def create_execution_context(self, strategy: str) -> FakeContext:
+        self.contexts.append(FakeContext(self))
+        return self.contexts[-1]
+
+
+class FakeContext:
+    """Runs on what lies at the addresses; what it writes, it writes when all is computed."""
+
+    def __init__(self, engine: FakeEngine):
+        self.engine = engine
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+
+    def set_device_memory(self, pointer: int, count: int) -> None:
+        assert count >= self.engine.device_memory_size_v2
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        self.profile = index
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name] = tuple(shape)
+        return True
+
+    def set_tensor_address(self, name: str, pointer: int) -> bool:
+        self.addresses[name] = pointer
+        return True
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        if name in self.shapes:
+            return self.shapes[name]
+        free = iter(self.shapes["position_ids"])
+        return tuple(next(free) if size < 0 else size for size in self.engine.get_tensor_shape(name))
+
+    def execute_async_v3(self, stream: int) -> bool:
+        shapes, addresses = dict(self.shapes), dict(self.addresses)
+        self.engine.driver.enqueue(lambda: self._run(shapes, addresses))
+        return True
+
+    def _run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+        engine, array = self.engine, self.engine.driver.array
+        dtypes = {name: _NUMPY[engine.get_tensor_dtype(name)] for name in engine.names}
+        feeds = {name: array(addresses[name], shapes[name], dtypes[name]).copy() for name in engine.inputs}
+        outputs = [name for name in engine.names if name not in engine.inputs]
+        for name, value in zip(outputs, engine.session.run(outputs, feeds), strict=True):
+            array(addresses[name], value.shape, dtypes[name])[...] = value
+
+
+def fake_tensorrt(driver: FakeDriver, loaded: list[FakeEngine]) -> ModuleType:
+    """A module for ``sys.modules["tensorrt"]``; engines that it loads are put into ``loaded``."""
+    module: Any = ModuleType("tensorrt")
+
+    class Runtime:
+        def __init__(self, log: Any):
+            self.log = log
+
+        def deserialize_cuda_engine(self, plan: bytes) -> FakeEngine | None:
+            if not plan.startswith(b"/"):
+                self.log.log(module.ILogger.ERROR, "[stdArchiveReader.cpp::38] magic tag does not match")
+                return None
+            loaded.append(FakeEngine(open_session(Path(plan.decode()), 1), driver))
+            return loaded[-1]
+
+    module.ILogger = type("ILogger", (), {"INTERNAL_ERROR": 0, "ERROR": 1, "WARNING": 2, "__init__": lambda self: None})
+    module.IProgressMonitor = type("IProgressMonitor", (), {"__init__": lambda self: None})
+    module.DataType, module.Runtime = DataType, Runtime
+    module.TensorIOMode = SimpleNamespace(INPUT="in", OUTPUT="out")
+    module.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
+    return module
