@@ -87,12 +87,12 @@ def bandwidth() -> float:
 def measure(tokens: Sequence[int], dtype: str, kinds: Sequence[str]) -> list[dict[str, Any]]:
     """A row for each number of tokens: microseconds of each kind (``on``: the plugin, ``off``: the body) and of the floor."""
     from moecompiler.runtime.device import Device
-    from moecompiler.tools.one_node import Runner, build
+    from moecompiler.tools.one_node import Runner, Shapes, build
 
     device = Device()
     speed = bandwidth()
     rows: list[dict[str, Any]] = [{"tokens": count} for count in tokens]
-    profiles = [{"x": ((count, HIDDEN),) * 3} for count in tokens]
+    profiles: list[Shapes] = [{"x": ((count, HIDDEN), (count, HIDDEN), (count, HIDDEN))} for count in tokens]
     for kind in kinds:
         with tempfile.TemporaryDirectory() as folder:
             engine = build(layer(dtype), profiles, kind, dtype, Path(folder))

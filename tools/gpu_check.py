@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 _PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu", "--tb=short")
 _OURS = (sys.executable, "-m", "moecompiler.tools.main")
@@ -91,7 +92,7 @@ def main() -> int:
         outcomes.append(run(step, options.output_dir))
         last = outcomes[-1]
         print(f"{'ok  ' if last.status == 0 else 'FAIL'} {last.name} {last.seconds:.0f} s: {last.last}", flush=True)
-    summary = {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version()}
+    summary: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version()}
     summary |= {"steps": [asdict(each) for each in outcomes]}
     (options.output_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return int(any(each.status for each in outcomes))
