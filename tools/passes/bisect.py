@@ -120,9 +120,10 @@ def _by_command(command: str, subject: Subject, target: Path) -> Callable[[Probe
             write_probe(Path(folder), probe.programs, subject, target)
             arguments = [word.replace("{}", folder) for word in words]
             try:
-                done = subprocess.run(arguments, stdout=sys.stderr, check=False)
+                done = subprocess.run(arguments, capture_output=True, text=True, check=False)
             except OSError as error:
                 raise UserError(f"--command {words[0]}: cannot be started: {error.strerror or error}") from None
+            sys.stderr.write(done.stdout + done.stderr)
             return done.returncode == 0
 
     return check
