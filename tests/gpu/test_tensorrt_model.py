@@ -119,6 +119,7 @@ def test_validate(dtype: str, plugins: str, mapping: str, compiled: Compile) -> 
     assert main(["validate", str(compiled(dtype, plugins, mapping)), "--tokens", "512"]) == 0
 
 
+@pytest.mark.xdist_group("float16-on-one")
 def test_memory_stays_flat(compiled: Compile) -> None:
     """Batches and lengths alternate; after each has been seen once, the GPU's free memory does not change."""
     artifact = Artifact.open(compiled("float16", "on", "one"), ("engine",))
