@@ -41,6 +41,12 @@ class OnnxReader:
     directory: Path
     tensors: dict[str, TensorProto]
 
+    @property
+    def files(self) -> set[Path]:
+        """The files that are read, with links followed."""
+        external = (each for each in self.tensors.values() if each.data_location == TensorProto.EXTERNAL)
+        return {(self.directory / _external(each)[0]).resolve() for each in external}
+
     def read(self, name: str, start: Shape, shape: Shape) -> np.ndarray:
         """The box of ``shape`` at ``start``; of a tensor in a file of its own, nothing else is read."""
         tensor = self.tensors[name]

@@ -26,8 +26,8 @@ class PatternPass:
 
     name: str
     pattern: ClassVar[Op]
-    modules: ClassVar[str]
-    op_names: ClassVar[tuple[str, ...]]
+    modules: ClassVar[str] = r"(?!)"  # in none in particular
+    op_names: ClassVar[tuple[str, ...]] = ()
     ops: ClassVar[tuple[OpSpec, ...]] = ()
 
     def spec_of(self, node: gs.Node) -> OpSpec | None:

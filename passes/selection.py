@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -34,15 +35,15 @@ class Selection:
                 if all(step.name != name for step in steps):
                     raise UserError(f"{option} {name}: is not in {self._described(steps)}")
         kept = [each for each in steps if (not self.only or each.name in self.only) and each.name not in self.disable]
-        return tuple(kept[: self._end(kept)])
+        end = self.position("--stop_after", self.stop_after, kept) if self.stop_after else len(kept)
+        return tuple(kept[:end])
 
-    def _end(self, steps: Sequence[Pass]) -> int:
-        if not self.stop_after:
-            return len(steps)
+    def position(self, option: str, name: str, steps: Sequence[Pass]) -> int:
+        """The index, from 1, of the first of ``steps`` of that name or label. Raises: UserError where there is none."""
         for index, step in enumerate(steps, 1):
-            if self.stop_after in (step.name, label(index, step.name)):
+            if name in (step.name, label(index, step.name)):
                 return index
-        raise UserError(f"--stop_after {self.stop_after}: is not in {self._described(steps)}")
+        raise UserError(f"{option} {name}: is not in {self._described(steps)}")
 
     def _described(self, steps: Sequence[Pass]) -> str:
         names = ", ".join(label(index, step.name) for index, step in enumerate(steps, 1))
@@ -85,5 +86,15 @@ def identity(steps: Sequence[Pass]) -> list[tuple[str, str]]:
 
 
 def _source(kind: type) -> str:
+    """The digest of the file a class is in, and of another package's whole package: it may import from there."""
     file = inspect.getsourcefile(kind)
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+    if file is None:
+        return ""
+    package = sys.modules[kind.__module__].__package__
+    if not package or package.partition(".")[0] == "moecompiler":
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    for folder in sys.modules[package].__path__:
+        for source in sorted(Path(folder).rglob("*.py")):
+            digest.update(f"{source.relative_to(folder)}\n".encode() + source.read_bytes())
+    return digest.hexdigest()

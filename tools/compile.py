@@ -18,6 +18,7 @@ from moecompiler.tools.flags import (
     WorkFlags,
 )
 from moecompiler.tools.groups import grouped
+from moecompiler.tools.instruments import check_instruments
 from moecompiler.tools.job import Job, check_engine_dir, make_job, ranks_asked_for
 from moecompiler.tools.optimize import run_optimize
 
@@ -34,7 +35,7 @@ def compile_(
     work: WorkFlags,
 ) -> None:
     """Compile a checkpoint into engines: export + optimize + build."""
-    passes.selection.passes()
+    check_instruments(instruments, passes.selection)
     job = make_job(source, parallel, graph)
     for note in run_compile(job, output_dir, engine, passes, instruments, work):
         print(note)

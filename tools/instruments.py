@@ -10,20 +10,28 @@ from rich.console import Console
 from rich.table import Table
 
 from moecompiler.dumps import write_dumps
+from moecompiler.errors import UserError
 from moecompiler.graph import Program
 from moecompiler.graph_text import graph_text
-from moecompiler.passes.selection import label
+from moecompiler.passes.selection import Selection, label
 from moecompiler.pipeline import PassResult
 from moecompiler.tools.flags import InstrumentFlags
 from moecompiler.tools.options import Dump
 from moecompiler.weights import TensorReader
 
 
-class Watcher:
-    """Hears of each pass of one rank and keeps what is to be written and printed."""
+def check_instruments(flags: InstrumentFlags, selection: Selection) -> None:
+    """Raises: UserError where a graph is to be printed after a pass that does not run, or passes cannot be had."""
+    steps = selection.passes()
+    for name in flags.print_after or ():
+        selection.position("--print_after", name, steps)
 
-    def __init__(self, flags: InstrumentFlags, given: Program):
-        self._flags = flags
+
+class Watcher:
+    """Hears of each pass of one graph, ``whose`` it is, and keeps what is to be written and printed."""
+
+    def __init__(self, flags: InstrumentFlags, given: Program, whose: str):
+        self._flags, self._whose = flags, whose
         self._programs = {} if flags.dump_passes is Dump.none else {f"{label(0, 'given')}.onnx": given}
         self.text = ""
 
@@ -33,7 +41,7 @@ class Watcher:
         if self._flags.dump_passes is Dump.all or (self._flags.dump_passes is Dump.changed and result.changes):
             self._programs[f"{name}.onnx"] = program
         if {result.name, name} & {*(self._flags.print_after or ())}:
-            self.text += f"--- after {name} ---\n{graph_text(program)}"
+            self.text += f"--- {self._whose} after {name} ---\n{graph_text(program)}"
 
     @property
     def dumps(self) -> bool:
@@ -41,9 +49,14 @@ class Watcher:
         return bool(self._programs)
 
     def write(self, open_reader: Callable[[], TensorReader], path_of: Callable[[str], Path]) -> None:
-        """Writes the graphs that are wanted, ``path_of`` each name."""
-        if self.dumps:
+        """Writes the graphs that are wanted, ``path_of`` each name. Raises: UserError where a weight does not fit the type in
+        which it is to be written, or cannot be written."""
+        if not self.dumps:
+            return
+        try:
             write_dumps(self._programs, open_reader() if self._flags.dump_weights else None, path_of)
+        except OverflowError as error:
+            raise UserError(f"{error}, or --no_dump_weights") from None
 
 
 def show(results: Sequence[PassResult], text: str, flags: InstrumentFlags, whose: str) -> None:

@@ -19,7 +19,7 @@ from moecompiler.pipeline import PassResult
 from moecompiler.tools import options as opt
 from moecompiler.tools.flags import InstrumentFlags, SelectionFlags, WorkFlags
 from moecompiler.tools.groups import grouped
-from moecompiler.tools.instruments import Watcher, show
+from moecompiler.tools.instruments import Watcher, check_instruments, show
 from moecompiler.tools.job import Job, code_fingerprint, ranks_asked_for
 from moecompiler.workers import ProgressFn, run_ranks
 
@@ -56,6 +56,7 @@ def run_optimize(
 ) -> None:
     """Optimizes what of ``source`` is not in ``output_dir`` yet. A pass that should have matched and did not is an error, or a
     note on stderr with ``allow_missed``."""
+    check_instruments(instruments, passes.selection)
     steps = passes.selection.passes()
     ranks = ranks_asked_for(source.world_size, work.rank)
     source.check(ranks)
@@ -75,14 +76,14 @@ def run_optimize(
     with writing(output_dir, "optimize", source.world_size, header) as writer:
         missing = [r for r in ranks if instruments.shows or not writer.is_done(r, keys[r])]
 
-        def commit(rank: int, result: tuple[dict[str, Path], dict[str, Any], Sequence[PassResult], str]) -> None:
-            staged, info, results, text = result
-            writer.commit_rank(rank, keys[rank], staged, info)
-            show(results, text, instruments, f"rank {rank}")
+        def commit(rank: int, result: _Optimized) -> None:
+            writer.commit_rank(rank, keys[rank], result.staged, result.info)
 
         job = Job.of(source)
         task = _OptimizeRank(source.directory, output_dir, passes, instruments, job.source, job.model)
-        run_ranks(task, missing, work.workers, "optimize", on_result=commit)
+        done = run_ranks(task, missing, work.workers, "optimize", on_result=commit)
+        for rank, result in done.items():  # in their order, whichever was done first
+            show(result.results, result.text, instruments, _whose(rank))
 
 
 def _key(source: Artifact, rank: int, made_by: tuple[Any, ...]) -> str:
@@ -90,9 +91,23 @@ def _key(source: Artifact, rank: int, made_by: tuple[Any, ...]) -> str:
     return fingerprint("optimize", made_by, inputs)
 
 
+def _whose(rank: int) -> str:
+    return f"rank {rank}"
+
+
+@dataclass(frozen=True)
+class _Optimized:
+    """One rank's files, under temporary names, what ``inspect`` shows of them, what the passes did, and what is to be printed."""
+
+    staged: dict[str, Path]
+    info: dict[str, Any]
+    results: Sequence[PassResult]
+    text: str
+
+
 @dataclass(frozen=True)
 class _OptimizeRank:
-    """The task: one rank's files, under temporary names, what the passes did, and what of the graph is to be printed."""
+    """The task."""
 
     source: Path
     directory: Path
@@ -101,9 +116,7 @@ class _OptimizeRank:
     identity: dict[str, Any]
     model: ModelConfig
 
-    def __call__(
-        self, rank: int, progress: ProgressFn
-    ) -> tuple[dict[str, Path], dict[str, Any], Sequence[PassResult], str]:
+    def __call__(self, rank: int, progress: ProgressFn) -> _Optimized:
         from moecompiler.dummy import open_source
         from moecompiler.graph import load_program, serialize
         from moecompiler.pipeline import run_passes
@@ -111,7 +124,7 @@ class _OptimizeRank:
         stem = f"rank{rank}"
         exported = load_program(self.source / f"{stem}.onnx")
         steps = self.passes.selection.passes()
-        watcher = Watcher(self.instruments, exported)
+        watcher = Watcher(self.instruments, exported, _whose(rank))
         program, results = run_passes(
             steps, exported, progress, allow_missed=self.passes.allow_missed, watch=watcher.watch
         )
@@ -126,4 +139,4 @@ class _OptimizeRank:
             return temporary_path(path)
 
         watcher.write(lambda: open_source(self.identity, self.model), path_of)
-        return staged, {"passes": [result.to_json() for result in results]}, results, watcher.text
+        return _Optimized(staged, {"passes": [result.to_json() for result in results]}, results, watcher.text)
