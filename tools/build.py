@@ -21,7 +21,7 @@ from moecompiler.tools.backend import open_backend
 from moecompiler.tools.flags import EngineFlags, InstrumentFlags, SelectionFlags, WorkFlags
 from moecompiler.tools.groups import grouped
 from moecompiler.tools.job import Job, check_engine_dir, code_fingerprint, ranks_asked_for
-from moecompiler.tools.optimize import run_optimize
+from moecompiler.tools.optimize import DUMPS, run_optimize
 from moecompiler.workers import ProgressFn, run_ranks
 
 _PLUGIN_DTYPES = ("float16", "bfloat16")
@@ -143,7 +143,8 @@ def _legacy_notes(engine: EngineFlags) -> list[str]:
 
 
 def _key(source: Artifact, rank: int, made_by: tuple[Any, ...], job: Job) -> str:
-    inputs = {name: record.sha256 for name, record in source.rank_files(rank).items()}
+    files = source.rank_files(rank).items()
+    inputs = {name: record.sha256 for name, record in files if not name.startswith(f"{DUMPS}/")}
     return fingerprint("build", made_by, inputs, job.source)
 
 

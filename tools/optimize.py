@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +23,8 @@ from moecompiler.tools.groups import grouped
 from moecompiler.tools.instruments import Watcher, check_instruments, show
 from moecompiler.tools.job import Job, code_fingerprint, ranks_asked_for
 from moecompiler.workers import ProgressFn, run_ranks
+
+DUMPS = "passes"  # the folder for graphs between passes in the output directory
 
 
 @grouped
@@ -95,6 +98,15 @@ def _whose(rank: int) -> str:
     return f"rank {rank}"
 
 
+def _remove_dumps(staged: Mapping[str, Path], folder: Path) -> None:
+    """Removes unfinished files, and folders that nothing else is in."""
+    for path in staged.values():
+        path.unlink(missing_ok=True)
+    for each in (folder, folder.parent):
+        with suppress(OSError):
+            each.rmdir()
+
+
 @dataclass(frozen=True)
 class _Optimized:
     """One rank's files, under temporary names, what ``inspect`` shows of them, what the passes did, and what is to be printed."""
@@ -132,11 +144,15 @@ class _OptimizeRank:
         for path, content in zip(staged.values(), serialize(program, stem), strict=True):
             path.write_bytes(content)
 
-        def path_of(name: str) -> Path:
-            path = self.directory / "passes" / stem / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            staged[f"passes/{stem}/{name}"] = temporary_path(path)
-            return temporary_path(path)
+        folder = self.directory / DUMPS / stem
 
-        watcher.write(lambda: open_source(self.identity, self.model), path_of)
+        def path_of(name: str) -> Path:
+            folder.mkdir(parents=True, exist_ok=True)
+            return staged.setdefault(f"{DUMPS}/{stem}/{name}", temporary_path(folder / name))
+
+        try:
+            watcher.write(lambda: open_source(self.identity, self.model), path_of)
+        except BaseException:
+            _remove_dumps(staged, folder)
+            raise
         return _Optimized(staged, {"passes": [result.to_json() for result in results]}, results, watcher.text)
