@@ -20,6 +20,9 @@ class CleanUp:
     concatenations of one tensor, expansions to the same shape."""
 
     name = "clean-up"
+    needs = "nothing"
+    must_match = "never: a graph may have no such nodes"
+    guarantees = "no node is left that is known to repeat its input, save those that write outputs of the graph"
 
     def rewrites(self, graph: gs.Graph, weights: dict[str, Recipe]) -> Iterator[Rewrite]:
         for node in list(graph.nodes):

@@ -26,6 +26,11 @@ class CommonSubexpressions:
     """
 
     name = "common-subexpressions"
+    needs = "nothing"
+    must_match = "never: a graph may compute everything once"
+    guarantees = (
+        "no two nodes compute the same of the same inputs, save collectives and those that write outputs of the graph"
+    )
 
     def rewrites(self, graph: gs.Graph, weights: dict[str, Recipe]) -> Iterator[Rewrite]:
         first: dict[Any, gs.Node] = {}

@@ -27,6 +27,9 @@ class ConstantFolding:
     transposition by a transposed weight."""
 
     name = "constant-folding"
+    needs = "nothing"
+    must_match = "never: a graph may have no constants to fold"
+    guarantees = "what is left depends on an input, or would be large; no weight was read"
 
     def rewrites(self, graph: gs.Graph, weights: dict[str, Recipe]) -> Iterator[Rewrite]:
         for node in list(graph.nodes):

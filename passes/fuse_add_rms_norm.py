@@ -19,6 +19,9 @@ class FuseAddRMSNorm:
     """Fuses each RMSNorm with the addition it reads; the sum stays an output, for the residual stream goes on."""
 
     name = "fuse-add-rms-norm"
+    needs = "fuse-rms-norm"
+    must_match = "never: a norm may read something else than a sum"
+    guarantees = "no norm that is an op reads the sum of two activations of one shape"
 
     def spec_of(self, node: gs.Node) -> OpSpec | None:
         return ADD_RMS_NORM if node.op == ADD_RMS_NORM.name else None

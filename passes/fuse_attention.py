@@ -77,6 +77,9 @@ class FuseAttention(PatternPass):
     """Fuses what lies between a layer's q/k/v projections and its output projection into one op, cache update included."""
 
     name = "fuse-attention"
+    needs = "constant-folding and clean-up"
+    must_match = "once per self_attn that keeps a cache"
+    guarantees = "rotary embedding, cache update and attention of a layer are one op"
     modules = r"(.+\.)?self_attn"
     op_names = ("Attention", "ContextAttention")
     pattern = Op("Reshape", (Op("Transpose", (Op("Reshape", (_MIXED,)),), test=permutes(0, 2, 1, 3)),), name="output")

@@ -13,6 +13,7 @@ class FuseBatchedMoE(MoEPass):
     op."""
 
     name = "fuse-batched-moe"
+    must_match = "once per experts module that gathers the chosen experts' weights"
     kind = "batched"
     pattern = BATCHED_EXPERTS
 

@@ -72,6 +72,9 @@ class FuseContextAttention(PatternPass):
     """Fuses attention over the given tokens alone, as Hugging Face's decoder models export it, into one op."""
 
     name = "fuse-context-attention"
+    needs = "constant-folding and clean-up"
+    must_match = "once per self_attn that keeps no cache"
+    guarantees = "rotary embedding and attention of a layer are one op"
     modules = r"(.+\.)?self_attn"
     op_names = ("ContextAttention", "Attention")
     pattern = Op("Reshape", (Op("Transpose", (_MIXED,), test=permutes(0, 2, 1, 3)),), name="output")

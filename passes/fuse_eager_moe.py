@@ -15,6 +15,7 @@ class FuseEagerMoE(MoEPass):
     """
 
     name = "fuse-eager-moe"
+    must_match = "once per experts module that searches each expert's tokens"
     kind = "eager"
     pattern = LAST_STEP
 

@@ -12,6 +12,7 @@ class FuseMoE(MoEPass):
     weights whole."""
 
     name = "fuse-moe"
+    must_match = "once per experts module that computes all its experts"
     kind = "dense"
     pattern = EXPERTS
 

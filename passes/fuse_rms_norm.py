@@ -45,6 +45,9 @@ class FuseRMSNorm(PatternPass):
     """Fuses each RMS normalization, in float32 with casts around it or in the graph's own type, into one op."""
 
     name = "fuse-rms-norm"
+    needs = "constant-folding and clean-up"
+    must_match = "once per module that is called …norm"
+    guarantees = "each norm is one op that computes in float32"
     modules = r"(.+\.)?\w*norm"
     op_names = ("RMSNorm", "AddRMSNorm")
     pattern = Op("Mul", (Var("weight"), Through(("Cast",), _SCALED)), commutative=True)

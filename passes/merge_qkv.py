@@ -36,6 +36,9 @@ class MergeQKV:
     """
 
     name = "merge-qkv"
+    needs = "fuse-attention or fuse-context-attention"
+    must_match = "once per attention op whose projections have weights by reference"
+    guarantees = "such an op reads one product, its weight joined by reference"
 
     def rewrites(self, graph: gs.Graph, weights: dict[str, Recipe]) -> Iterator[Rewrite]:
         for node in list(graph.nodes):

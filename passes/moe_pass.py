@@ -55,6 +55,8 @@ class MoEPass(PatternPass):
     kind: ClassVar[Kind]
     modules = r"(.+\.)?experts"
     op_names = ("MoE",)
+    needs = "constant-folding and clean-up"
+    guarantees = "router, experts and weighted sum are one op that takes the weights whole, by reference"
 
     def experts_of(self, found: Match) -> Experts | str:
         """The experts that ``found`` ends, or why they are none."""

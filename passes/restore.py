@@ -17,6 +17,9 @@ class Restore:
     """Replaces every fused op that has a body in the file by that body, node by node, each named after the op it came from."""
 
     name = "restore"
+    needs = "the ops' bodies in the file, as fusing passes put them there"
+    must_match = "never: a graph may have no fused ops"
+    guarantees = "no fused op is left that has a body in the file"
 
     def rewrites(self, graph: gs.Graph, weights: dict[str, Recipe]) -> Iterator[Rewrite]:
         bodies = {function.name: function for function in graph.functions if function.domain == DOMAIN}

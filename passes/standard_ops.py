@@ -36,6 +36,7 @@ class StandardOps:
 
     name = "standard-ops"
     needs = "positions of a sequence's tokens that are consecutive within a step, as a session feeds them"
+    must_match = "once per norm and attention that is an op"
     guarantees = "a graph of opset 24 in which no norm or attention is an op of ours"
 
     def rewrites(self, graph: gs.Graph, weights: dict[str, Recipe]) -> Iterator[Rewrite]:
