@@ -46,7 +46,7 @@ class FuseRMSNorm(PatternPass):
 
     name = "fuse-rms-norm"
     needs = "constant-folding and clean-up"
-    must_match = "once per module that is called …norm"
+    must_match = "once per module whose name ends in norm"
     guarantees = "each norm is one op that computes in float32"
     modules = r"(.+\.)?\w*norm"
     op_names = ("RMSNorm", "AddRMSNorm")

@@ -61,9 +61,7 @@ def _require_matches(
 ) -> None:
     """A graph that names none of the modules in which passes expect to match is nothing they were made for: an error where such
     a pass was asked for by its name, and otherwise worth a note."""
-    expecting = {
-        step.name: result.matches for step, result in zip(steps, results, strict=True) if hasattr(step, "missed")
-    }
+    expecting = {step.name: done.matches for step, done in zip(steps, results, strict=True) if _expects_something(step)}
     for name in passes.only_pass or ():
         if not expecting.get(name, 1) and not passes.allow_missed:
             raise UserError(
@@ -76,6 +74,11 @@ def _require_matches(
             f"note: {source}: has no norms, attention or experts that {names} know: is it another model?",
             file=sys.stderr,
         )
+
+
+def _expects_something(step: Pass) -> bool:
+    """Whether there are modules, under names that Hugging Face gives them, in which the pass has to match."""
+    return hasattr(step, "missed") and bool(getattr(step, "op_names", True))
 
 
 def _write(program: Program, reader: TensorReader, output: Path, watcher: Watcher) -> None:
