@@ -10,6 +10,7 @@ from moecompiler.passes.fuse_attention import FuseAttention
 from moecompiler.passes.fuse_batched_moe import FuseBatchedMoE
 from moecompiler.passes.fuse_context_attention import FuseContextAttention
 from moecompiler.passes.fuse_eager_moe import FuseEagerMoE
+from moecompiler.passes.fuse_grouped_moe import FuseGroupedMoE
 from moecompiler.passes.fuse_moe import FuseMoE
 from moecompiler.passes.fuse_rms_norm import FuseRMSNorm
 from moecompiler.passes.merge_qkv import MergeQKV
@@ -33,6 +34,7 @@ def named_pipelines() -> dict[str, tuple[Pass, ...]]:
         FuseMoE(),
         FuseBatchedMoE(),
         FuseEagerMoE(),
+        FuseGroupedMoE(),
         FuseAddRMSNorm(),
         MergeQKV(),
     )

@@ -9,7 +9,7 @@ import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -17,6 +17,7 @@ import torch
 import transformers
 from readers import ArrayReader
 from torch import nn
+from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
 from moecompiler.backends.onnxruntime_program import WeightCache, open_program
 from moecompiler.foreign import open_foreign
@@ -26,8 +27,8 @@ from moecompiler.weights import TensorReader
 EXPERTS = 4
 SIZES = {
     "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
+    "hidden_size": 64,
+    "intermediate_size": 96,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
@@ -37,20 +38,20 @@ SHAPES = ((1, 1), (2, 7))
 
 @dataclass(frozen=True)
 class Kind:
-    """A model and a way to export it. ``experts`` and ``attention`` name implementations of transformers; ``traced``: by torch's
-    tracing exporter (``dynamo=False``)."""
+    """A model and a way to export it. ``experts`` and ``attention`` name implementations of transformers. ``exporter``:
+    torch's (``dynamo``), its tracing one (``traced``, ``dynamo=False``), or ``transformers``' own, which extends torch's."""
 
     model: str
     experts: str = "batched_mm"
     attention: str = "sdpa"
     dtype: str = "float32"
     layers: int = 1
-    traced: bool = False
+    exporter: Literal["dynamo", "traced", "transformers"] = "dynamo"
     opset: int = 21
 
     def __str__(self) -> str:
-        parts = [self.model, self.experts if self.model == "mixtral" else "", self.attention, self.dtype]
-        return "-".join(part for part in (*parts, "traced" if self.traced else "") if part)
+        experts = [self.experts] if self.model == "mixtral" else []
+        return "-".join([self.model, *experts, self.attention, self.dtype, self.exporter])
 
 
 @dataclass(frozen=True)
@@ -90,19 +91,21 @@ def make(kind: Kind) -> transformers.PreTrainedModel:
 
 def export(kind: Kind, path: Path) -> None:
     """Writes the model to ``path``; its example hits all experts."""
-    tokens = torch.randint(0, SIZES["vocab_size"], (2, 9), generator=torch.Generator().manual_seed(1))
-    example = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    ids = torch.randint(0, SIZES["vocab_size"], (2, 9), generator=torch.Generator().manual_seed(1))
+    example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     dynamic = {name: {0: "batch", 1: "sequence"} for name in example}
     common: dict[str, Any] = {"opset_version": kind.opset, "verbose": False}
-    if kind.traced:
-        names: dict[str, Any] = {"input_names": list(example), "output_names": ["logits"], "dynamic_axes": dynamic}
-        common |= names
-    else:
-        common |= {"kwargs": example, "dynamic_shapes": dynamic}
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        args = tuple(example.values()) if kind.traced else ()
-        torch.onnx.export(_Logits(make(kind)), args, path, dynamo=not kind.traced, **common)
+        model = make(kind)
+        if kind.exporter == "transformers":
+            config = OnnxConfig(dynamic=True, opset_version=kind.opset, output_path=path)
+            OnnxExporter().export(model, {**example, "use_cache": False}, config)
+        elif kind.exporter == "traced":
+            names = {"input_names": list(example), "output_names": ["logits"], "dynamic_axes": dynamic}
+            torch.onnx.export(_Logits(model), tuple(example.values()), path, dynamo=False, **names, **common)
+        else:
+            torch.onnx.export(_Logits(model), (), path, dynamo=True, kwargs=example, dynamic_shapes=dynamic, **common)
 
 
 @functools.cache

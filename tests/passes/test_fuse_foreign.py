@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -13,33 +15,34 @@ import torch
 from hf_exports import EXPERTS, SHAPES, Kind, export, exported, hf_logits, logits
 
 from moecompiler.config import NormalizationMode
-from moecompiler.errors import UserError
 from moecompiler.graph import DOMAIN, Program, check, module_of
 from moecompiler.passes.pipelines import PLUGINS, named_pipelines
 from moecompiler.pipeline import run_passes
 
 pytestmark = pytest.mark.xdist_group("foreign")
 
-MIXTRAL = Kind("mixtral", layers=2)
+MIXTRAL = Kind("mixtral")
 LLAMA = Kind("llama", dtype="bfloat16")
-QWEN2 = Kind("qwen2", attention="eager")
-EAGER = Kind("mixtral", experts="eager", attention="eager", layers=2, traced=True)
+QWEN2 = Kind("qwen2", attention="eager", dtype="float16")
+EAGER = Kind("mixtral", experts="eager", attention="eager", exporter="traced")
+GROUPED = Kind("mixtral", experts="grouped_mm", exporter="transformers")
 # the tracing exporter takes a fraction of a second, the other three or four: each combination comes at least once
 KINDS = (
     MIXTRAL,
-    Kind("mixtral", attention="eager", dtype="float16"),
+    Kind("mixtral", attention="eager", dtype="float16", exporter="traced"),
     LLAMA,
     QWEN2,
     EAGER,
-    Kind("mixtral", experts="eager", dtype="float16", traced=True, opset=18),
-    Kind("mixtral", attention="eager", dtype="bfloat16", traced=True, opset=20),
-    Kind("mixtral", traced=True),
-    Kind("llama", attention="eager", dtype="float16", traced=True),
-    Kind("qwen2", dtype="float16", traced=True),
+    Kind("mixtral", experts="eager", dtype="float16", exporter="traced", opset=18),
+    Kind("mixtral", attention="eager", dtype="bfloat16", exporter="traced", opset=20),
+    Kind("mixtral", layers=2, exporter="traced"),
+    Kind("llama", attention="eager", dtype="float16", exporter="traced"),
+    Kind("qwen2", dtype="float16", exporter="traced"),
+    GROUPED,
 )
 # bfloat16 is run in float32 over the same weights; in float16, torch rounds where the op does not
-TOLERANCES = {"float32": 5e-6, "bfloat16": 5e-6, "float16": 1e-2}
-HF_TOLERANCES = {"float32": 5e-6, "bfloat16": 1e-1, "float16": 2e-2}
+TOLERANCES = {"float32": 2e-5, "bfloat16": 2e-5, "float16": 2e-2}
+HF_TOLERANCES = {"float32": 2e-5, "bfloat16": 1e-1, "float16": 4e-2}
 
 
 def fused(kind: Kind) -> Program:
@@ -73,19 +76,10 @@ def test_a_traced_loop_over_experts_runs_only_where_as_many_are_hit() -> None:
         logits(foreign.program, foreign.reader, (1, 1))
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        (Kind("mixtral", experts="eager"), "Could not guard on data-dependent expression"),
-        (Kind("mixtral", experts="grouped_mm"), "No ONNX function found for .*grouped_mm_fallback"),
-    ],
-    ids=str,
-)
-def test_what_torch_cannot_export(kind: Kind, message: str, tmp_path: object) -> None:
-    """Why ``eager`` experts are traced here: when this fails, torch has learnt it, and the export belongs among the others."""
-    with pytest.raises(torch.onnx.errors.OnnxExporterError) as caught:
-        export(kind, tmp_path / "model.onnx")  # type: ignore[operator]
-    assert re.search(message, str(caught.value))
+def test_torch_cannot_export_a_loop_over_the_experts_hit(tmp_path: Path) -> None:
+    """Why ``eager`` experts are traced here. When this fails, torch has learnt it, and that export belongs among the others."""
+    with pytest.raises(torch.onnx.errors.OnnxExporterError, match="Could not guard on data-dependent expression"):
+        export(Kind("mixtral", experts="eager"), tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize("kind", [MIXTRAL, EAGER], ids=str)
@@ -97,14 +91,14 @@ def test_the_moe_op_takes_the_weights_as_they_are_stored(kind: Kind) -> None:
         assert attributes == {"top_k": 2, "normalization_mode": int(NormalizationMode.RENORMALIZE)}
         _, _, gate_up, down, expert_ids = node.input
         assert program.weights[gate_up] == exported(kind).program.weights[gate_up]
-        assert program.weights[gate_up].shape == (EXPERTS, 96, 32)
-        assert program.weights[down].shape == (EXPERTS, 32, 48)
+        assert program.weights[gate_up].shape == (EXPERTS, 192, 64)
+        assert program.weights[down].shape == (EXPERTS, 64, 96)
         ids = next(each for each in program.model.graph.initializer if each.name == expert_ids)
         assert list(np.frombuffer(ids.raw_data, np.int64)) == list(range(EXPERTS))
 
 
 @pytest.mark.parametrize(
-    "kind", [Kind("mixtral", traced=True), Kind("llama", attention="eager", dtype="float16", traced=True)]
+    "kind", [Kind("mixtral", exporter="traced"), Kind("llama", attention="eager", dtype="float16", exporter="traced")]
 )
 def test_padding_on_the_left_stays_what_it_is(kind: Kind) -> None:
     """Its queries see nothing: sdpa gives them 0, eager attention the mean of all."""
@@ -146,14 +140,23 @@ def _constant(op: str, which: int, value: object) -> Change:
     return change
 
 
+def _first_input_gone(op: str) -> Change:
+    def change(nodes: list[gs.Node]) -> None:
+        _first(nodes, op).inputs.pop(0)
+
+    return change
+
+
 def _heads_as_a_whole(nodes: list[gs.Node]) -> None:
     """Heads repeated 0 1 0 1 instead of 0 0 1 1."""
     node = _first(nodes, "Expand")
     node.inputs[0].shape[1], node.inputs[0].shape[2] = node.inputs[0].shape[2], node.inputs[0].shape[1]
 
 
+TIDY = 5  # passes of the pipeline before it fuses
 ATTENTION = "model.model.layers.0.self_attn"
 EXPERTS_0 = "model.model.layers.0.mlp"
+GROUPED_0 = "model.layers.0.mlp.experts"
 NEAR_MISSES = {
     "softmax over queries": (
         LLAMA,
@@ -195,39 +198,50 @@ NEAR_MISSES = {
         _attribute("Transpose", "perm", [2, 0, 1]),
         r"perm is \[2, 0, 1\]",
     ),
+    "choices sorted the other way": (GROUPED, GROUPED_0, _attribute("TopK", "largest", 1), "largest is 1, not 0"),
+    "pieces without their ends": (GROUPED, GROUPED_0, _attribute("CumSum", "exclusive", 1), "exclusive is 1, not 0"),
+    "counted in other bins": (GROUPED, GROUPED_0, _constant("Clip", 2, EXPERTS - 2), "does not count the choices"),
+    "an expert left out": (
+        GROUPED,
+        GROUPED_0,
+        _first_input_gone("Concat"),
+        "joins the pieces of 3 experts|piece of expert 0",
+    ),
+    "a rest of another number": (GROUPED, GROUPED_0, _constant("Mod", 1, 3), "what sorts the choices"),
     "an expert found in another way": (EAGER, EXPERTS_0, _as_op("Greater", "Less"), "step 1, at .*Less where Greater"),
 }
+
+
+@functools.cache
+def tidied(kind: Kind) -> Program:
+    return run_passes(named_pipelines()[PLUGINS][:TIDY], exported(kind).program)[0]
+
+
+FUSE = named_pipelines()[PLUGINS][TIDY:]
 
 
 @pytest.mark.parametrize("name", NEAR_MISSES)
 def test_what_is_almost_one_stays_and_says_why(name: str) -> None:
     kind, module, change, reason = NEAR_MISSES[name]
-    steps = named_pipelines()[PLUGINS]
-    tidy, fuse = steps[:5], steps[5:]
-    graph = gs.import_onnx(run_passes(tidy, exported(kind).program)[0].model)
-    change([node for node in graph.nodes if module_of(node.name).startswith(module)])
-    broken = Program(gs.export_onnx(graph, do_type_check=False), exported(kind).program.weights)
-    with pytest.raises(UserError, match=r"did not match in .*--allow_missed"):
-        run_passes(fuse, broken)
-    program, results = run_passes(fuse, broken, allow_missed=True)
+    graph = gs.import_onnx(tidied(kind).model)
+    change([node for node in graph.nodes if node.name.startswith(module)])
+    broken = Program(gs.export_onnx(graph, do_type_check=False), tidied(kind).weights)
+    program, results = run_passes(FUSE, broken, allow_missed=True)
     (missed,) = [missed for result in results for missed in result.missed]
     assert missed.module.startswith(module)
     assert re.search(reason, f"{missed.node}: {missed.reason}"), str(missed)
-    ops = Counter(node.op_type for node in program.model.graph.node if node.domain == DOMAIN)
-    assert ops["ContextAttention"] + ops["MoE"] == len(kind_ops(kind)) - 1
+    ops = {node.op_type for node in program.model.graph.node if node.domain == DOMAIN}
+    assert {"ContextAttention", "MoE"} - ops == {"ContextAttention" if module.endswith("self_attn") else "MoE"} | (
+        {"MoE"} if kind.model != "mixtral" else set()
+    )
 
 
 @pytest.mark.parametrize(("op", "module"), [("Softmax", ATTENTION), ("Sigmoid", EXPERTS_0)])
 def test_what_something_else_reads_is_not_swallowed(op: str, module: str) -> None:
-    steps = named_pipelines()[PLUGINS]
-    graph = gs.import_onnx(run_passes(steps[:5], exported(MIXTRAL).program)[0].model)
+    graph = gs.import_onnx(tidied(MIXTRAL).model)
     inner = next(node for node in graph.nodes if node.op == op and node.name.startswith(module)).outputs[0]
     graph.outputs.append(inner)
-    tapped = Program(gs.export_onnx(graph, do_type_check=False), exported(MIXTRAL).program.weights)
-    _, results = run_passes(steps[5:], tapped, allow_missed=True)
+    tapped = Program(gs.export_onnx(graph, do_type_check=False), tidied(MIXTRAL).weights)
+    _, results = run_passes(FUSE, tapped, allow_missed=True)
     (missed,) = [missed for result in results for missed in result.missed]
     assert missed.reason == f"{inner.name}, inside it, is an output of the graph"
-
-
-def kind_ops(kind: Kind) -> list[str]:
-    return ["ContextAttention", "MoE"][: 2 if kind.model == "mixtral" else 1] * kind.layers

@@ -19,11 +19,11 @@ from moecompiler.shape_inference import infer_symbolic_shapes
 
 pytestmark = pytest.mark.xdist_group("foreign")
 
-EAGER_ATTENTION = Kind("mixtral", attention="eager", traced=True)
-FLOAT16 = Kind("llama", attention="eager", dtype="float16", traced=True)
-BATCHED = Kind("mixtral", layers=2)
-TRACED_LOOP = Kind("mixtral", experts="eager", attention="eager", layers=2, traced=True)
-BIASED = Kind("qwen2", attention="eager")
+EAGER_ATTENTION = Kind("mixtral", attention="eager", exporter="traced")
+FLOAT16 = Kind("llama", attention="eager", dtype="float16", exporter="traced")
+BATCHED = Kind("mixtral")
+TRACED_LOOP = Kind("mixtral", experts="eager", attention="eager", exporter="traced")
+BIASED = Kind("qwen2", attention="eager", dtype="float16")
 
 
 def _nodes(graph: gs.Graph, op: str, inside: str) -> list[gs.Node]:
@@ -176,7 +176,7 @@ def test_another_spelling_fuses_too(kind: Kind, respell: Callable[[gs.Graph], No
     assert ops["ContextAttention"] == kind.layers
     assert ops["MoE"] == (kind.layers if kind.model == "mixtral" else 0)
     assert next(result for result in results if result.name == "merge-qkv").matches == kind.layers
-    tolerance = 1e-2 if kind.dtype == "float16" else 5e-6
+    tolerance = 2e-2 if kind.dtype == "float16" else 2e-5
     before, after = (logits(program, foreign.reader, (2, 7)) for program in (respelled, fused))
     np.testing.assert_allclose(before, logits(foreign.program, foreign.reader, (2, 7)), atol=tolerance, rtol=0)
     np.testing.assert_allclose(after, before, atol=tolerance, rtol=0)
