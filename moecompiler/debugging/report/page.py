@@ -10,7 +10,7 @@ import jinja2
 
 from moecompiler.debugging.report.kinds import Kind
 from moecompiler.debugging.report.model import PassReport, Report
-from moecompiler.debugging.report.picture import SIGNS, draw
+from moecompiler.debugging.report.picture import SIGNS, counted, draw
 
 _MANY_KINDS = 8  # of one pass: from here on those that did the same are put together
 
@@ -26,7 +26,13 @@ def render(report: Report) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"figure": figure, "duration": duration, "groups": groups, "percent": "{:.2%}".format}
+    environment.filters |= {
+        "figure": figure,
+        "duration": duration,
+        "groups": groups,
+        "counted": counted,
+        "percent": "{:.2%}".format,
+    }
     return environment.get_template("page.html.j2").render(
         report=report,
         data=report.to_json(),

@@ -118,7 +118,7 @@ def _node_lines(node: Node) -> tuple[tuple[str, str], ...]:
 
 def _tensor_lines(tensor: Tensor) -> tuple[tuple[str, str], ...]:
     what = f"{tensor.role} {tensor.name}" if tensor.role else tensor.name
-    more = [(f"{tensor.unseen} more reader{'s' if tensor.unseen > 1 else ''}", "module")] if tensor.unseen else []
+    more = [(counted(tensor.unseen, "more reader"), "module")] if tensor.unseen else []
     return ((what, "name"), *([(tensor.type, "type")] if tensor.type else []), *more)
 
 
@@ -190,4 +190,9 @@ def _summary(fragment: Fragment) -> str:
     counts = {mark: sum(node.mark == mark for node in fragment.nodes) for mark in Mark}
     words = {Mark.removed: "removed", Mark.added: "added", Mark.changed: "changed", Mark.context: "around them"}
     said = [f"{count} {words[mark]}" for mark, count in counts.items() if count]
-    return f"{len(fragment.nodes)} nodes: {', '.join(said)}" if said else "no nodes"
+    return f"{counted(len(fragment.nodes), 'node')}: {', '.join(said)}" if said else "no nodes"
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 node``, ``2 nodes``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 from moecompiler.debugging.report.fragment import Fragment
 from moecompiler.debugging.report.surroundings import fragments
 from moecompiler.debugging.report.watching import Watched
-from moecompiler.graph import Program
+from moecompiler.graph import Program, module_of
 from moecompiler.graph_text import types_by_name
 from moecompiler.pipeline import Change, Pass
 
@@ -29,10 +29,18 @@ class Recorded:
 
 
 def record(step: Pass, before: Program, after: Program, first: int) -> Iterator[Recorded]:
-    """Runs ``step``, which makes ``after`` of ``before``, on a copy; its rewrites are numbered from ``first`` on."""
+    """Runs ``step``, which makes ``after`` of ``before``, on a copy; its rewrites are numbered from ``first`` on.
+
+    What it does to the graph besides, after the last of them, comes at the end, as number 0.
+    """
     graph, weights = gs.import_onnx(before.model), dict(before.weights)
     types = types_by_name(before.model) | types_by_name(after.model)
     watched = Watched(graph, weights)
     for number, rewrite in enumerate(step.rewrites(graph, weights), first):
         change = Change(rewrite.apply(), rewrite.node, rewrite.module, number)
         yield Recorded(change, *fragments(watched.advance(), watched, types))
+    besides = watched.advance()
+    if not besides.empty:
+        name = next(held.name for held in besides.nodes)
+        change = Change("changed without a rewrite", name, module_of(name), 0)
+        yield Recorded(change, *fragments(besides, watched, types))

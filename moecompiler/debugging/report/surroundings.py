@@ -16,9 +16,7 @@ MOST_CHANGED = 6  # nodes that read something else, of one rewrite: a constant m
 
 def fragments(changed: Changed, watched: Watched, types: Mapping[str, str]) -> tuple[Fragment, Fragment]:
     """Before and after; ``types`` by tensor name."""
-    region = {id(held.node) for held in (*changed.removed, *changed.added)} | {
-        id(old.node) for old, _ in changed.changed
-    }
+    region = {id(held.node) for held in changed.nodes}
     ring = [node for node in _ring(changed, watched.is_alive) if id(node) not in region]
     context = [Held.of(node) for node in {id(node): node for node in ring}.values()]
     around = [(held, Mark.context) for held in context]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from operator import is_
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,14 @@ class Changed:
     place_before: Mapping[int, int]
     place_after: Mapping[int, int]
 
+    @property
+    def nodes(self) -> tuple[Held, ...]:
+        return (*self.removed, *self.added, *(new for _, new in self.changed))
+
+    @property
+    def empty(self) -> bool:
+        return not self.nodes
+
 
 class Watched:
     """A graph, and what it was when it was last looked at.
@@ -38,7 +45,8 @@ class Watched:
         self.graph = graph
         self._weights = weights
         self._held = {id(node): Held.of(node) for node in graph.nodes}
-        self._places = _places(graph)
+        self._seen = {id(node): _mark(node) for node in graph.nodes}
+        self._places = dict(zip(self._seen, range(len(self._seen)), strict=True))
         self._recipes = dict(weights)
         self._values = {id(t): (t, t._values) for t in _constants(graph.nodes)}
         # what an If or a Loop reads from outside is no less needed than an output
@@ -53,13 +61,16 @@ class Watched:
 
     def advance(self) -> Changed:
         """What changed since the last look."""
-        place_before = self._places
-        places = self._places = _places(self.graph)
+        place_before, seen = self._places, self._seen
+        marks = self._seen = {id(node): _mark(node) for node in self.graph.nodes}
+        places = self._places = dict(zip(marks, range(len(marks)), strict=True))
         fresh = [node for node in self.graph.nodes if id(node) not in self._held]
-        differing = [node for node in self.graph.nodes if self._differs(node)]
+        unlike = [node for node in self.graph.nodes if marks[id(node)] != seen.get(id(node))]
+        differing = [node for node in unlike if self.is_alive(node)]
         in_place = not fresh and not differing
         if in_place:
             differing = self._readers_of_new_values()
+        self._recipes = dict(self._weights)
         before = [(self._held[id(node)], node) for node in differing]
         gone = [held for key, held in self._held.items() if key not in places]
         for held in gone:
@@ -82,22 +93,9 @@ class Watched:
             places,
         )
 
-    def _differs(self, node: gs.Node) -> bool:
-        held = self._held.get(id(node))
-        if held is None or id(node) in self._dead:
-            return False
-        return not (
-            _same(held.inputs, node.inputs)
-            and _same(held.outputs, node.outputs)
-            and (held.attrs == {} == node.attrs or _same_items(held.attrs, node.attrs))
-            and held.op == node.op
-            and held.name == node.name
-        )
-
     def _readers_of_new_values(self) -> list[gs.Node]:
         """Nodes that read a constant, or a weight, whose values are others now."""
         new = {name for name, recipe in self._weights.items() if self._recipes.get(name, recipe) != recipe}
-        self._recipes = dict(self._weights)
         touched = {key for key, (tensor, values) in self._values.items() if not _same_values(values, tensor._values)}
         self._values = {id(t): (t, t._values) for t in _constants(self.graph.nodes)}
         alive = [node for node in self.graph.nodes if self.is_alive(node)]
@@ -131,10 +129,6 @@ class Watched:
         return id(tensor) in self._needed or any(self.is_alive(reader) for reader in tensor.outputs)
 
 
-def _places(graph: gs.Graph) -> dict[int, int]:
-    return {id(node): index for index, node in enumerate(graph.nodes)}
-
-
 def _constants(nodes: Iterable[gs.Node]) -> Iterable[gs.Constant]:
     return (tensor for node in nodes for tensor in node.inputs if isinstance(tensor, gs.Constant))
 
@@ -155,13 +149,11 @@ def _reachable(outputs: Iterable[gs.Tensor]) -> set[int]:
     return found
 
 
-def _same(held: tuple[gs.Tensor, ...], tensors: list[gs.Tensor]) -> bool:
-    # onnx-graphsurgeon's own equality goes by name: a constant that stands where a variable of its name stood is another
-    return len(held) == len(tensors) and all(map(is_, held, tensors))
-
-
-def _same_items(held: dict[str, Any], attrs: dict[str, Any]) -> bool:
-    return held.keys() == attrs.keys() and all(map(is_, held.values(), attrs.values()))
+def _mark(node: gs.Node) -> tuple[Any, ...]:
+    """What tells whether a node is as it was, while the objects in it live. onnx-graphsurgeon's own equality goes by name: a
+    constant that stands where a variable of its name stood is another."""
+    inputs, outputs, attributes = map(id, node.inputs), map(id, node.outputs), map(id, node.attrs.values())
+    return node.op, node.name, *inputs, None, *outputs, None, *attributes
 
 
 def _same_values(old: Any, new: Any) -> bool:

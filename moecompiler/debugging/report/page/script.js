@@ -2,6 +2,8 @@
 const one = (selector) => document.querySelector(selector);
 const all = (selector, under = document) => [...under.querySelectorAll(selector)];
 
+const counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
+
 const theme = one("#theme");
 const isDark = () => (document.documentElement.dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
 const nameTheme = () => { theme.textContent = isDark() ? "Light" : "Dark"; };
@@ -38,7 +40,7 @@ const apply = () => {
     if (wanted) group.open = true;
   }
   for (const step of all(".pass")) step.hidden = wanted !== "" && !step.querySelector(".kind:not([hidden])");
-  one("#shown").textContent = `${rewrites} rewrites of ${shown} kinds`;
+  one("#shown").textContent = `${counted(rewrites, "rewrite")} of ${counted(shown, "kind")}`;
 };
 filter.addEventListener("input", apply);
 apply();
