@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -84,7 +85,21 @@ def resolve_settings(job: Job, engine: EngineFlags, max_seq_len: int | None = No
     """Raises: UserError where an option cannot be, by itself or for this graph."""
     limits = resolve_limits(job, engine, max_seq_len)
     switches = merge_legacy(engine.plugins, job.export.dtype, engine.moe_plugin, engine.gpt_attention_plugin)
-    return BuildSettings(limits, switches, engine.moe_weights)
+    return BuildSettings(limits, switches, engine.moe_weights, resolve_capabilities(engine))
+
+
+def resolve_capabilities(engine: EngineFlags) -> tuple[str, ...]:
+    """``8.9,12.0`` as a list. Raises: UserError where that is no list of compute capabilities, or the backend takes none."""
+    text = engine.compute_capability
+    names = tuple(dict.fromkeys(each.strip() for each in text.split(","))) if text else ()
+    if not all(re.fullmatch(r"\d+\.\d", name) for name in names):
+        raise UserError(f"--compute_capability {text}: give compute capabilities as in 8.9,12.0")
+    if names and engine.backend != "tensorrt-rtx":
+        raise UserError(
+            f"--compute_capability {text}: backend {engine.backend} builds for the machine it is on;"
+            " leave it out, or give --backend tensorrt-rtx"
+        )
+    return names
 
 
 def check_engine(job: Job, engine: EngineFlags, max_seq_len: int | None = None) -> None:

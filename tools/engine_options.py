@@ -60,3 +60,13 @@ MaxNumTokens = Annotated[
     int | None,
     typer.Option("--max_num_tokens", help="Most tokens of a step; longer prefills are split.", rich_help_panel=_PANEL),
 ]
+ComputeCapability = Annotated[
+    str,
+    typer.Option(
+        "--compute_capability",
+        metavar="X.Y,…",
+        help="For backend tensorrt-rtx: of the cards to build for (default: 8.9,12.0).",
+        show_default=False,
+        rich_help_panel=_PANEL,
+    ),
+]

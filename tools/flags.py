@@ -93,3 +93,4 @@ class EngineFlags:
     gpt_attention_plugin: eng.GptAttentionPlugin = opt.PluginDType.auto
     gemm_plugin: opt.GemmPlugin = opt.PluginDType.auto
     moe_weights: eng.MoeWeightsOption = eng.MoeWeights.auto
+    compute_capability: eng.ComputeCapability = ""

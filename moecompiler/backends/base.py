@@ -35,11 +35,13 @@ class EngineLimits:
 @dataclass(frozen=True)
 class BuildSettings:
     """What an engine is built for. ``moe_weights``: ``external`` binds expert weights when the engine runs, ``engine`` bakes
-    them into it, ``auto`` leaves it to the backend."""
+    them into it, ``auto`` leaves it to the backend. ``compute_capabilities``: of the GPUs that a backend which builds ahead of
+    time builds for (``8.9``); empty leaves that to it too."""
 
     limits: EngineLimits
     plugins: PluginSwitches = field(default_factory=PluginSwitches)
     moe_weights: str = "auto"
+    compute_capabilities: tuple[str, ...] = ()
 
 
 class PluginLibrary(Protocol):

@@ -7,7 +7,7 @@ from moecompiler.errors import UserError
 
 
 def backend_names() -> tuple[str, ...]:
-    return ("onnxruntime", "tensorrt")
+    return ("onnxruntime", "tensorrt", "tensorrt-rtx")
 
 
 def find_backend(name: str, plugins: PluginLibrary | None = None) -> Backend:
@@ -23,4 +23,8 @@ def find_backend(name: str, plugins: PluginLibrary | None = None) -> Backend:
         from moecompiler.backends.tensorrt import TensorRTBackend
 
         return TensorRTBackend(plugins)
+    if name == "tensorrt-rtx":
+        from moecompiler.backends.tensorrt_rtx import TensorRTRTXBackend
+
+        return TensorRTRTXBackend()
     raise UserError(f"--backend {name}: there is none of that name; choose from {', '.join(backend_names())}")

@@ -11,13 +11,13 @@ _PREFIX = re.compile(r"^\[[^]]*\]\s*|^(?:IBuilder|IRuntime|INetwork\w*)::\S+:\s*
 _CALM = 3  # lines quoted at most
 
 
-def explain(what: str, complaints: Sequence[str], nodes: Iterable[str]) -> str:
-    """``what`` failed, where (the first of ``nodes`` that a complaint names), and the complaints themselves."""
+def explain(what: str, complaints: Sequence[str], nodes: Iterable[str], library: str = "TensorRT") -> str:
+    """``what`` the library failed in, where (the first of ``nodes`` that a complaint names), and the complaints themselves."""
     texts = [_PREFIX.sub("", each.strip()) for each in complaints if each.strip()]
     culprit = find_node(texts, nodes)
     where = f" at {culprit} (module {module_of(culprit) or 'the model itself'})" if culprit else ""
     said = "; ".join(dict.fromkeys(texts[-_CALM:])) or "it gives no reason"
-    return f"TensorRT {what}{where}: {' '.join(said.split())}"
+    return f"{library} {what}{where}: {' '.join(said.split())}"
 
 
 def find_node(texts: Sequence[str], nodes: Iterable[str]) -> str:

@@ -1,0 +1,172 @@
+"""Backend ``tensorrt-rtx``: engines for RTX cards, built ahead of time on a machine that need not have one.
+
+TensorRT-RTX has no plugins in Python: the bodies of our ops are inlined. Engines are built here and not run: that takes NVIDIA's
+TensorRT-RTX runtime on such a card.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moecompiler.atomic import temporary_path
+from moecompiler.backends.base import BuildSettings, EngineLimits
+from moecompiler.backends.tensorrt_profiles import prefill_rows, profiles
+from moecompiler.backends.tensorrt_rtx_program import lower
+from moecompiler.errors import UserError
+from moecompiler.graph import ONNX_DTYPES, Program, packed_tensors, point_weights_at
+from moecompiler.safetensors_file import write
+from moecompiler.weights import TensorReader, materialize
+
+if TYPE_CHECKING:
+    from moecompiler.runtime.session import StageSession
+
+DEFAULT_CAPABILITIES = ("8.9", "12.0")  # GeForce RTX 40 and 50
+_WEIGHTS_SHARE = 0.5  # of a build's progress, the rest is the builder's
+_FLOATS = {ONNX_DTYPES[dtype]: dtype for dtype in ("float32", "float16", "bfloat16")}
+
+
+class TensorRTRTXBackend:
+    """See ``base.Backend``. TensorRT-RTX is imported when one of its methods is called."""
+
+    name = "tensorrt-rtx"
+
+    def version(self) -> str:
+        return f"tensorrt-rtx {import_tensorrt_rtx().__version__}"
+
+    def header(self) -> dict[str, Any]:
+        return {}
+
+    def notes(self, dtype: str, settings: BuildSettings) -> list[str]:
+        """Where the engines run. Raises: UserError where TensorRT-RTX is not installed or does not build with such settings."""
+        if settings.plugins.insists:
+            raise UserError(
+                f"--plugins {settings.plugins}: backend tensorrt-rtx has no plugins and inlines every op's body;"
+                " leave plugins at auto, or give --backend tensorrt"
+            )
+        import_tensorrt_rtx()
+        from moecompiler.backends.tensorrt_rtx_build import capabilities
+
+        names = _capabilities(settings)
+        capabilities(names)
+        if "7.5" in names and dtype != "float16":
+            raise UserError(
+                f"--compute_capability {','.join(names)}: cards of 7.5 multiply matrices in float16 alone, not {dtype};"
+                " give --dtype float16, or leave 7.5 out"
+            )
+        return [
+            f"engines run on RTX cards of compute capability {' and '.join(names)}, in NVIDIA's TensorRT-RTX runtime"
+        ]
+
+    def identity(self, settings: BuildSettings) -> dict[str, Any]:
+        return {
+            "limits": settings.limits.to_json(),
+            "compute_capabilities": list(_capabilities(settings)),
+            "moe_weights": settings.moe_weights,
+        }
+
+    def compute_dtype(self, dtype: str) -> str:
+        return dtype
+
+    def build(
+        self,
+        program: Program,
+        reader: TensorReader,
+        stem: str,
+        directory: Path,
+        settings: BuildSettings,
+        progress: Callable[[float], None],
+    ) -> dict[str, Path]:
+        """Writes ``stem.plan``, ``stem.engine.json`` (what the plan is for and how it is fed), ``stem.onnx`` (what the parser
+        read, without weights) and, with external expert weights, ``stem.safetensors``."""
+        import_tensorrt_rtx()
+        from moecompiler.backends.tensorrt_rtx_build import build_plan
+
+        lowered = lower(program, settings, dtype_of(program))
+        names = ["plan", "engine.json", "onnx", *(["safetensors"] if lowered.bound else [])]
+        staged = {f"{stem}.{name}": temporary_path(directory / f"{stem}.{name}") for name in names}
+        graph, baked = (temporary_path(directory / f"{stem}.{name}") for name in ("parsed", "baked"))
+        try:
+            parts = [(baked, lowered.program)]
+            if lowered.bound:
+                parts.append((staged[f"{stem}.safetensors"], Program(lowered.program.model, lowered.bound)))
+            _write_weights(parts, reader, lambda fraction: progress(_WEIGHTS_SHARE * fraction))
+            model = point_weights_at(lowered.program, baked.name).model
+            graph.write_bytes(model.SerializeToString(deterministic=True))
+            plan = build_plan(
+                graph,
+                profiles(model.graph.input, settings.limits),
+                [node.name for node in model.graph.node],
+                _capabilities(settings),
+                lambda fraction: progress(_WEIGHTS_SHARE + (1 - _WEIGHTS_SHARE) * fraction),
+            )
+        finally:
+            graph.unlink(missing_ok=True)
+            baked.unlink(missing_ok=True)
+        record = {
+            "compute_capabilities": _capabilities(settings),
+            "tensorrt_rtx": import_tensorrt_rtx().__version__,
+            "prefill_rows": prefill_rows(settings.limits),
+            "bound": list(lowered.bound),
+            "aliases": dict(lowered.aliases),
+            "communicator": lowered.group,
+            "notes": [],
+        }
+        staged[f"{stem}.onnx"].write_bytes(lowered.program.model.SerializeToString(deterministic=True))
+        staged[f"{stem}.plan"].write_bytes(plan.data)
+        staged[f"{stem}.engine.json"].write_text(json.dumps(record, indent=1))
+        progress(1.0)
+        return staged
+
+    def load(self, directory: Path, stem: str, limits: EngineLimits, threads: int, device: int = 0) -> StageSession:
+        """Raises: UserError, always."""
+        raise UserError(
+            f"{directory}: holds engines for RTX cards, which run in NVIDIA's TensorRT-RTX runtime and not here;"
+            " to run the model here, build it with --backend onnxruntime or tensorrt"
+        )
+
+
+def import_tensorrt_rtx() -> Any:
+    """The module. Raises: UserError where it is not installed, or does not load."""
+    try:
+        import tensorrt_rtx
+    except ImportError as error:
+        if error.name == "tensorrt_rtx":
+            raise UserError("TensorRT-RTX is not installed: pip install 'moecompiler[tensorrt-rtx]'") from None
+        raise UserError(f"TensorRT-RTX does not load ({error}): pip install 'moecompiler[tensorrt-rtx]'") from None
+    return tensorrt_rtx
+
+
+def dtype_of(program: Program) -> str:
+    """The floating-point type of a graph: that of its KV cache."""
+    types = (value.type.tensor_type.elem_type for value in program.model.graph.input)
+    return next((_FLOATS[each] for each in types if each in _FLOATS), "float32")
+
+
+def _capabilities(settings: BuildSettings) -> tuple[str, ...]:
+    return settings.compute_capabilities or DEFAULT_CAPABILITIES
+
+
+def _write_weights(
+    parts: Sequence[tuple[Path, Program]], reader: TensorReader, progress: Callable[[float], None]
+) -> None:
+    """Each program's weights to its file; one tensor is in memory at a time."""
+    total = max(1, sum(recipe.nbytes for _, program in parts for recipe in program.weights.values()))
+    written = 0
+
+    def advance(count: int) -> None:
+        nonlocal written
+        written += count
+        progress(min(1.0, written / total))
+
+    for path, program in parts:
+        write(path, packed_tensors(program), partial(_materialize, program, reader), advance)
+
+
+def _materialize(program: Program, reader: TensorReader, name: str) -> np.ndarray:
+    return materialize(program.weights[name], reader)
