@@ -103,6 +103,21 @@ class TensorRTSession:
         self._turn, self._batch = 0, 0
         self._capturable = not any(op in COLLECTIVES for op in record.plugins.values())  # they wait for other ranks
 
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives all back, what uses something before what it uses: TensorRT does not survive another order."""
+        if stream := self.__dict__.get("_stream"):
+            stream.synchronize()
+        for decode in self.__dict__.get("_decodes", {}).values():
+            decode.graph = None
+        for name in (
+            *("_decodes", "_prefill", "_engine", "_runtime", "_log"),
+            *("_weights", "_caches", "_step", "_scratch", "_stream"),
+        ):
+            self.__dict__.pop(name, None)
+
     def start(self, batch: int) -> None:
         """Begins a batch with an empty KV cache."""
         self._turn, self._batch = 0, batch
