@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from cli import BIN, TESTS, Here, Output, environment
 from foreign_files import gated_layer, ops, outputs, save
 
 from moecompiler.passes.pipelines import passes_by_name
+from moecompiler.tools.passes.table import VERBS
 
 Engines = Callable[[str], Path]
 pytestmark = pytest.mark.xdist_group("passes")
@@ -71,7 +73,7 @@ def test_another_package_s_pass(installed: Path, engines: Engines, tmp_path: Pat
         "does": "Writes each SiLU with the hyperbolic tangent, for hardware that has no sigmoid.",
         "needs": "nothing",
         "must_match": "never: a model may use another activation",
-        "guarantees": "no SiLU is left whose sigmoid nobody else reads",
+        "guarantees": "no SiLU in float32 or float16 is left whose sigmoid nobody else reads",
     }
     arguments = ("optimize", "--checkpoint_dir", engines("one") / "export", "--output_dir", tmp_path / "out")
     arguments = (*arguments, "--pipeline", f"ootb,{EXAMPLE}")
@@ -155,3 +157,15 @@ def test_broken_entry_points(here: Here) -> None:
     errors = {each["name"]: each["error"] for each in json.loads(output.out)["others"] if "error" in each}
     assert errors.keys() == BROKEN.keys()
     assert here("passes", "list").status == 0
+
+
+def test_the_page_shows_the_example() -> None:
+    """docs/passes.md: the pass as it stands in the package, how it is registered, and every verb there is."""
+    page = (TESTS.parent / "docs" / "passes.md").read_text(encoding="utf-8")
+    package = TESTS / "data" / "example-pass"
+    (shown,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert (package / "example_pass.py").read_text(encoding="utf-8").endswith(f"\n\n\n{shown}")
+    (entry,) = re.findall(r"^```toml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert entry in (package / "pyproject.toml").read_text(encoding="utf-8")
+    for verb in VERBS:
+        assert f"passes {verb} " in page, verb

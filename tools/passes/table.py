@@ -28,7 +28,8 @@ VERBS: dict[str, Callable[..., Any]] = {
 
 def make_passes_app() -> typer.Typer:
     """The typer application ``passes``."""
-    app = typer.Typer(help="Look into graph passes: list, compare, verify, bisect.", no_args_is_help=True)
+    said = "Look into graph passes: what they did, whether it was right, and which rewrite was not."
+    app = typer.Typer(help=said, no_args_is_help=True)
     for name, function in VERBS.items():
         app.command(name)(function)
     return app
