@@ -56,6 +56,10 @@ class Runner:
         self.context.set_optimization_profile_async(profile, self.stream.handle)
         self.names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
 
+    def __del__(self) -> None:
+        for name in ("context", "engine", "runtime", "buffers", "stream"):  # TensorRT goes before the stream it used
+            self.__dict__.pop(name, None)
+
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The outputs, poisoned before the run."""
         self.buffers: dict[str, Buffer] = {}
