@@ -84,13 +84,13 @@ def test_alike_rewrites_are_one_kind(subject_of) -> None:  # type: ignore[no-unt
         ranks = [(rank, each) for rank, old in enumerate(before) for each in record(step, old, after[rank], 1)]
         kinds = kinds_of(ranks)
         assert [(rank, each.change.number) for rank, each in ranks] == sorted(
-            (each.rank, each.number) for kind in kinds for each in kind.rewrites
+            (rank, each.number) for kind in kinds for each in kind.rewrites for rank in each.ranks
         )
         before = after
     (moe,) = kinds
     assert moe.module == "model.layers.N.mlp.experts"
-    assert [(each.rank, each.number, each.module) for each in moe.rewrites] == [
-        (rank, layer + 1, f"model.layers.{layer}.mlp.experts") for rank in (0, 1) for layer in range(4)
+    assert [(each.ranks, each.number, each.module) for each in moe.rewrites] == [
+        ((0, 1), layer + 1, f"model.layers.{layer}.mlp.experts") for layer in range(4)
     ]
     assert moe.to_json()["count"] == 8
 

@@ -39,6 +39,7 @@ def report(
     from moecompiler.atomic import write_text_atomic
     from moecompiler.debugging.report.model import make_report
     from moecompiler.debugging.report.page import render
+    from moecompiler.debugging.report.picture import counted
 
     if output.is_dir() or not output.parent.is_dir():
         raise UserError(f"--output {output}: {'is a directory' if output.is_dir() else 'its directory is not there'}")
@@ -62,7 +63,7 @@ def report(
         raise UserError(f"--output {output}: cannot be written: {error.strerror or error}") from None
     verdict = "" if not verify else ", within tolerance" if made.passed else ", OUT OF TOLERANCE"
     print(
-        f"wrote {output} ({byte_size(len(page.encode()))}): {len(made.passes)} passes,"
-        f" {made.matches} rewrites of {made.kinds} kinds{verdict}"
+        f"wrote {output} ({byte_size(len(page.encode()))}): {counted(len(made.passes), 'pass', 'es')},"
+        f" {counted(made.matches, 'rewrite')} of {counted(made.kinds, 'kind')}{verdict}"
     )
     return 0 if made.passed else OUT_OF_TOLERANCE

@@ -9,6 +9,7 @@ from typing import Any
 
 from moecompiler.debugging.report.fragment import Fragment, Mark
 from moecompiler.debugging.report.recording import Recorded
+from moecompiler.pipeline import Change
 
 # a layer's or an expert's number in a module's path, and the number at the end of a node's name
 _NUMBERS = re.compile(r"(?<=\.)\d+(?=[./]|$)|(?<=_)\d+(?=$|\W)")
@@ -16,10 +17,10 @@ _NUMBERS = re.compile(r"(?<=\.)\d+(?=[./]|$)|(?<=_)\d+(?=$|\W)")
 
 @dataclass(frozen=True)
 class Listed:
-    """One rewrite in the list of its kind."""
+    """One rewrite in the list of its kind, and the ranks that made it at the same place under the same number."""
 
     number: int
-    rank: int
+    ranks: tuple[int, ...]
     what: str
     node: str
     module: str
@@ -38,7 +39,7 @@ class Kind:
 
     @property
     def count(self) -> int:
-        return len(self.rewrites)
+        return sum(len(each.ranks) for each in self.rewrites)
 
     @property
     def changed_ops(self) -> list[str]:
@@ -52,22 +53,26 @@ class Kind:
             "count": self.count,
             "before": self.before.to_json(),
             "after": self.after.to_json(),
-            "rewrites": [vars(each) for each in self.rewrites],
+            "rewrites": [{**vars(each), "ranks": list(each.ranks)} for each in self.rewrites],
         }
 
 
 def kinds_of(recorded: Iterable[tuple[int, Recorded]]) -> tuple[Kind, ...]:
     """The kinds of the rewrites, each with its rank, in order of their first."""
-    found: dict[Any, tuple[Recorded, list[Listed]]] = {}
+    found: dict[Any, tuple[Recorded, dict[Change, list[int]]]] = {}
     for rank, each in recorded:
         change = each.change
         key = without_numbers(change.what), without_numbers(change.module), _shape(each.before), _shape(each.after)
-        _, members = found.setdefault(key, (each, []))
-        members.append(Listed(change.number, rank, change.what, change.node, change.module))
+        _, members = found.setdefault(key, (each, {}))
+        members.setdefault(change, []).append(rank)
     return tuple(
-        Kind(what, module, first.before, first.after, tuple(members))
+        Kind(what, module, first.before, first.after, tuple(_listed(*member) for member in members.items()))
         for (what, module, _, _), (first, members) in found.items()
     )
+
+
+def _listed(change: Change, ranks: list[int]) -> Listed:
+    return Listed(change.number, tuple(ranks), change.what, change.node, change.module)
 
 
 def without_numbers(name: str) -> str:

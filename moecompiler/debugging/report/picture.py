@@ -193,6 +193,6 @@ def _summary(fragment: Fragment) -> str:
     return f"{counted(len(fragment.nodes), 'node')}: {', '.join(said)}" if said else "no nodes"
 
 
-def counted(count: int, noun: str) -> str:
+def counted(count: int, noun: str, plural: str = "s") -> str:
     """``1 node``, ``2 nodes``."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+    return f"{count} {noun}{'' if count == 1 else plural}"

@@ -29,7 +29,7 @@ const apply = () => {
     let found = 0;
     for (const each of rows) {
       each.row.hidden = !whole && !each.text.includes(wanted);
-      found += !each.row.hidden;
+      if (!each.row.hidden) found += Number(each.row.dataset.count);
     }
     element.hidden = found === 0;
     shown += found > 0;
