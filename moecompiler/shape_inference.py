@@ -19,6 +19,8 @@ def infer_symbolic_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
     from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 
     plain = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    if model.functions:  # ONNX Runtime's does not look into them and would put unknown sizes in place of those noted
+        return plain
     # sizes that must be equal for the graph to run are merged, which it reports as a warning
     logger = logging.getLogger("onnxruntime.tools.symbolic_shape_infer")
     level = logger.level

@@ -183,3 +183,29 @@ def test_a_module_that_looks_like_a_mixtral_s(here: Here, tmp_path: Path) -> Non
     output = here("optimize", *arguments, "--allow_missed")
     assert output.status == 0
     assert f"note: {path}: pass fuse-moe did not match in model.layers.0.mlp.experts" in output.err
+
+
+NORM = """<ir_version: 10, opset_import: ["" : 21]>
+g (float[n, 4] x) => (float[n, 4] y) <float two = {2}, float[1] e = {0.01}, int64[1] last = {-1}, float[4] w = {1, 2, 3, 4}>
+{
+    ["model.norm/Pow_0"] square = Pow (x, two)
+    ["model.norm/ReduceMean_1"] mean = ReduceMean <keepdims=1> (square, last)
+    ["model.norm/Add_2"] shifted = Add (mean, e)
+    ["model.norm/Sqrt_3"] root = Sqrt (shifted)
+    ["model.norm/Div_4"] scaled = Div (x, root)
+    ["model.norm/Mul_5"] y = Mul (scaled, w)
+}"""
+
+
+def test_a_result_is_taken_again(here: Here, tmp_path: Path) -> None:
+    """With its fused ops, the names that say where nodes come from, and the shapes that are known."""
+    source, made, again = (tmp_path / f"{name}.onnx" for name in ("in", "out", "again"))
+    onnx.save(onnx.parser.parse_model(NORM), source)
+    assert here("optimize", source, "--output", made, "--pipeline", "plugins", "--disable_pass", "fuse-moe").status == 0
+    graph = onnx.load(made).graph
+    assert [(node.name, node.op_type) for node in graph.node] == [("model.norm/RMSNorm_5", "RMSNorm")]
+    output = here("optimize", made, "--output", again, "--pipeline", "plugins")
+    assert output.out.endswith(" 0 rewrites, 1 → 1 nodes\n")
+    assert here("passes", "diff", made, again).status == 0
+    output = here("passes", "explain", source, "model.norm", "--pipeline", "plugins", "--only_pass", "fuse-rms-norm")
+    assert "01-fuse-rms-norm: 1 rewrite, nodes: 6 removed, 1 made" in output.out
