@@ -18,6 +18,7 @@ from moecompiler.backends.tensorrt_program import Prepared, prepare, serialized
 from moecompiler.backends.tensorrt_record import Made, Record, check_fits
 from moecompiler.errors import UserError
 from moecompiler.graph import Program, packed_tensors
+from moecompiler.plugin_switches import Mode
 from moecompiler.safetensors_file import write
 from moecompiler.weights import Recipe, TensorReader, materialize
 
@@ -51,8 +52,10 @@ class TensorRTBackend:
         return {"made": asdict(self._made)}
 
     def notes(self, dtype: str, settings: BuildSettings) -> list[str]:
-        """Nothing to say; raises UserError where there is no TensorRT or no GPU here."""
+        """Nothing to say. Raises: UserError where there is no TensorRT or no GPU, or where plugins would be corrupt."""
         assert self._made
+        if settings.plugins.mode("", "") is not Mode.OFF:
+            self._library().register()
         return []
 
     def identity(self, settings: BuildSettings) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,22 +37,25 @@ class Monitor(trt.IProgressMonitor):
 
     def __init__(self, progress: Callable[[float], None]):
         trt.IProgressMonitor.__init__(self)
-        self._progress = progress
+        self._progress, self._lock = progress, threading.Lock()
         self._phases: dict[str, tuple[str | None, int, int]] = {}  # name → (parent, steps, steps done)
         self._shown = 0.0
 
     def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-        self._phases[phase_name] = (parent_phase, max(1, num_steps), 0)
+        with self._lock:
+            self._phases[phase_name] = (parent_phase, max(1, num_steps), 0)
 
     def step_complete(self, phase_name: str, step: int) -> bool:
-        if phase_name in self._phases:
-            parent, steps, _ = self._phases[phase_name]
-            self._phases[phase_name] = (parent, steps, step + 1)
-            self._show(phase_name)
+        with self._lock:
+            if phase_name in self._phases:
+                parent, steps, _ = self._phases[phase_name]
+                self._phases[phase_name] = (parent, steps, step + 1)
+                self._show(phase_name)
         return True
 
     def phase_finish(self, phase_name: str) -> None:
-        self._phases.pop(phase_name, None)
+        with self._lock:
+            self._phases.pop(phase_name, None)
 
     def _show(self, phase: str) -> None:
         parent, steps, done = self._phases[phase]

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from moecompiler.backends.base import BuildSettings, PluginLibrary
 from moecompiler.errors import UserError
 from moecompiler.graph import DOMAIN, Program, point_weights_at
-from moecompiler.ops import VERSION, plugin_name
+from moecompiler.ops import COLLECTIVES, VERSION, plugin_name
 from moecompiler.plugin_switches import Mode, PluginSwitches
 from moecompiler.weights import NUMPY_DTYPES, Recipe, Shape
 
@@ -84,10 +84,11 @@ def choose_plugins(
             notes[f"{node.op_type} runs as its plain operators: {refusal}"] = None
     for rule in switches.unused((node.op_type, node.name) for node in ours):
         notes[f"--plugins {rule} fits no node of the graph"] = None
-    if switches.insists and not ours:
-        raise UserError(
-            f"--plugins {switches}: the graph has no fused ops to be plugins; compile with --pipeline plugins"
-        )
+    if all(node.op_type in COLLECTIVES for node in ours):
+        if switches.insists:
+            raise UserError(f"--plugins {switches}: the graph has no fused ops; compile with --pipeline plugins")
+        if switches.mode("", "") is not Mode.OFF:
+            notes["the graph has no fused ops, so nothing runs as a plugin; --pipeline plugins makes them"] = None
     return chosen, list(notes)
 
 

@@ -145,8 +145,10 @@ def test_misspelt_places_are_noted() -> None:
 def test_plain_graphs_have_no_plugins_to_insist_on() -> None:
     program = norms_program()
     del program.model.graph.node[:3]
-    with pytest.raises(UserError, match="no fused ops to be plugins; compile with --pipeline plugins"):
+    with pytest.raises(UserError, match="the graph has no fused ops; compile with --pipeline plugins"):
         prepared("on", "RMSNorm", program=program)
+    assert "no fused ops, so nothing runs as a plugin" in prepared("auto", "RMSNorm", program=program).notes[0]
+    assert prepared("off", "RMSNorm", program=program).notes == ()
 
 
 def test_the_library_is_told_shapes() -> None:
