@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from moecompiler.weights import NUMPY_DTYPES, Piece, Recipe, Shape
 _OLDEST_OPSET = 18  # torch's default; what came since then is converted node by node
 _TRACED_NAME = re.compile(r"/(.+)/[^/]+")
 _OUR_NAME = re.compile(r"[^/]*/[^/]+")
+_MOST_HELD = 1 << 30  # bytes of what is no weight; protobuf takes no file of 2 GiB
 _SMALLEST_WEIGHT = 1024  # bytes; what is smaller may be read to fold and to match
 _NAMES = {code: name for name, code in ONNX_DTYPES.items()}
 
@@ -78,29 +79,57 @@ def open_foreign(path: Path) -> tuple[Program, OnnxReader]:
             f"{path}: is of opset {opset}; export it with opset_version={OPSET} ({_OLDEST_OPSET} and up will do)"
         )
     _check_order(path, model.graph)
-    _check_external(path, model.graph.initializer)
+    branches = list(_branches(model.graph))
+    for graph in (model.graph, *branches):
+        _check_external(path, graph.initializer)
     name_after_modules(model.graph.node)
     if opset < OPSET:
         model = _converted(path, model)
     model.ir_version = IR_VERSION
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    weights = {name: _whole(tensor) for name, tensor in tensors.items() if _is_weight(tensor)}
+    branches = list(_branches(model.graph))
+    inner = {
+        name for branch in branches for node in branch.node for name in node.input
+    }  # graphs within hold data alone
+    weights = {name: _whole(each) for name, each in tensors.items() if _is_weight(each) and name not in inner}
     reader = OnnxReader(path.parent, {name: _copy(tensors[name]) for name in weights})
+    _load_all_but(weights, path, (model.graph, *branches))
     for index, tensor in enumerate(model.graph.initializer):
         if tensor.name in weights:
             model.graph.initializer[index].CopyFrom(weight_tensor(tensor.name, weights[tensor.name]))
-        elif tensor.data_location == TensorProto.EXTERNAL:  # torch stores the smallest constant outside too
-            load_external_data_for_tensor(tensor, str(path.parent))
-            tensor.data_location = TensorProto.DEFAULT
-            del tensor.external_data[:]
     return Program(infer_symbolic_shapes(model), weights), reader
 
 
-def has_scopes(nodes: Iterable[onnx.NodeProto]) -> bool:
-    """Whether an exporter of torch said of any node which modules it comes from."""
-    return any(
-        _TRACED_NAME.fullmatch(node.name) or any(each.key == SCOPES for each in node.metadata_props) for node in nodes
-    )
+def _branches(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """The graphs within a graph: branches of ``If``, bodies of ``Loop`` and ``Scan``."""
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield inner
+                yield from _branches(inner)
+
+
+def _load_all_but(weights: Container[str], path: Path, graphs: Sequence[onnx.GraphProto]) -> None:
+    """Takes into the graphs what lies outside (torch stores the smallest constant there too) and is no weight of the first.
+
+    Raises: UserError where that is more than an ONNX file can hold.
+    """
+    outside = [
+        tensor
+        for index, graph in enumerate(graphs)
+        for tensor in graph.initializer
+        if tensor.data_location == TensorProto.EXTERNAL and (index or tensor.name not in weights)
+    ]
+    size = sum(math.prod(t.dims) * helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in outside)
+    if size > _MOST_HELD:
+        kinds = ", ".join(sorted({TensorProto.DataType.Name(tensor.data_type).lower() for tensor in outside}))
+        raise UserError(
+            f"{path}: holds {size} bytes of {kinds} beside its floating-point weights; up to {_MOST_HELD} can be taken along"
+        )
+    for tensor in outside:
+        load_external_data_for_tensor(tensor, str(path.parent))
+        tensor.data_location = TensorProto.DEFAULT
+        del tensor.external_data[:]
 
 
 def name_after_modules(nodes: Iterable[onnx.NodeProto]) -> None:

@@ -188,3 +188,45 @@ def test_external_data_that_cannot_be_trusted_is_refused(tmp_path: Path, locatio
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read: No such file"):
         open_foreign(tmp_path / "nowhere.onnx")
+
+
+BRANCHES = """<ir_version: 10, opset_import: ["" : 21]>
+g (float[n, 16] x, bool c) => (float[n, 16] y)
+{
+    h = MatMul (x, shared)
+    k = If (c) <
+        then_branch = then () => (float[n, 16] t) { t = MatMul (h, outer) },
+        else_branch = other () => (float[n, 16] e) <float[1, 1] inner = {2}> { e = Mul (h, inner) }
+    >
+    y = Add (k, h)
+}"""
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_graphs_within_a_graph(tmp_path: Path, external: bool) -> None:
+    """What they read is held in the file: it may be written anywhere."""
+    branching = onnx.parser.parse_model(BRANCHES)
+    for name in ("shared", "outer"):
+        branching.graph.initializer.append(numpy_helper.from_array(np.eye(16, dtype=np.float32) * 3, name))
+    path = tmp_path / "model.onnx"
+    onnx.save(branching, path, save_as_external_data=external, location="model.data", size_threshold=0)
+    program, _ = open_foreign(path)
+    assert list(program.weights) == ["shared"]
+    held = {tensor.name: tensor for tensor in program.model.graph.initializer}
+    np.testing.assert_array_equal(numpy_helper.to_array(held["outer"]), np.eye(16) * 3)
+    (choice,) = (node for node in program.model.graph.node if node.op_type == "If")
+    assert all(t.data_location != t.EXTERNAL for branch in choice.attribute for t in branch.g.initializer)
+
+
+def test_more_than_a_file_can_hold_is_refused(tmp_path: Path) -> None:
+    """Weights of types that no recipe knows would all have to be held in the graph."""
+    tensor = onnx.TensorProto(name="w", data_type=onnx.TensorProto.INT8, dims=[1 << 16, 1 << 15])
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="model.data")
+    large = model()
+    large.graph.initializer.append(tensor)
+    (tmp_path / "model.onnx").write_bytes(large.SerializeToString())
+    with (tmp_path / "model.data").open("wb") as file:
+        file.truncate(1 << 31)
+    with pytest.raises(UserError, match="holds 2147483648 bytes of int8 beside its floating-point weights"):
+        open_foreign(tmp_path / "model.onnx")
