@@ -215,9 +215,22 @@ class FakeContext:
             array(addresses[name], value.shape, dtypes[name])[...] = value
 
 
+class FieldType(enum.Enum):
+    INT8, INT32, FLOAT32 = np.int8, np.int32, np.float32
+
+
+class Field:
+    """Of the bindings that read arrays as they are."""
+
+    def __init__(self, name: str, data: np.ndarray, kind: FieldType):
+        assert data.dtype == kind.value
+        self.name, self.data, self.type = name, data, kind
+
+
 def fake_tensorrt(driver: FakeDriver, loaded: list[FakeEngine]) -> ModuleType:
     """A module for ``sys.modules["tensorrt"]``; engines that it loads are put into ``loaded``."""
     module: Any = ModuleType("tensorrt")
+    module.__version__ = "10.6.0"
 
     class Runtime:
         def __init__(self, log: Any):
@@ -230,6 +243,19 @@ def fake_tensorrt(driver: FakeDriver, loaded: list[FakeEngine]) -> ModuleType:
             loaded.append(FakeEngine(open_session(Path(plan.decode()), 1), driver))
             return loaded[-1]
 
+    for name in ("IPluginV3", "IPluginV3OneCore", "IPluginV3OneBuild", "IPluginV3OneBuildV2", "IPluginV3OneRuntime"):
+        setattr(module, name, type(name, (), {"__init__": lambda self: None}))
+    module.IPluginCreatorV3One = type("IPluginCreatorV3One", (), {"__init__": lambda self: None})
+    module.PluginField, module.PluginFieldCollection, module.PluginFieldType = Field, list, FieldType
+    module.TensorFormat, module.DimsExprs = SimpleNamespace(LINEAR="linear"), list
+    module.DimensionOperation = SimpleNamespace(PROD="*")
+    creators: dict[tuple[str, str, str], Any] = {}
+    module.get_plugin_registry = lambda: SimpleNamespace(
+        get_creator=lambda name, version, space: creators.get((name, version, space)),
+        register_creator=lambda creator, space: creators.update(
+            {(creator.name, creator.plugin_version, space): creator}
+        ),
+    )
     module.ILogger = type("ILogger", (), {"INTERNAL_ERROR": 0, "ERROR": 1, "WARNING": 2, "__init__": lambda self: None})
     module.IProgressMonitor = type("IProgressMonitor", (), {"__init__": lambda self: None})
     module.DataType, module.Runtime = DataType, Runtime
