@@ -16,6 +16,7 @@ from moecompiler.passes.pattern import (
     Const,
     Match,
     Miss,
+    OneOf,
     Op,
     Pattern,
     Through,
@@ -57,7 +58,7 @@ def _is_zero(node: gs.Node) -> str | None:
     return None if zero else "it does not fill with 0"
 
 
-_ZEROS = Op("ConstantOfShape", (), test=_is_zero)
+_ZEROS = OneOf((Op("ConstantOfShape", (), test=_is_zero), Const("zeros", "zeros", lambda value: not value.any())))
 _INDEX = Through(("Expand",), Op("Unsqueeze", (Var("token"),), test=axes_are(1)))
 _ADDED = Op(
     "ScatterElements",
@@ -84,7 +85,9 @@ STEP = Op("Add", (Var("so_far"), _ADDED), name="step", commutative=True)
 LAST_STEP = Op("Add", (Var("so_far"), _ADDED), name="step", commutative=True, test=_goes_on)
 
 # Which tokens chose the expert, and as which of their choices.
-_FOUND = Op("Transpose", (Op("NonZero", (Through(("Cast",), Op("Gather", (Var("mask"), Var("expert")))),)),))
+_FOUND = Op(
+    "Transpose", (Op("NonZero", (Through(("Cast",), Op("Gather", (Var("mask"), Var("expert"))), any_type=True),)),)
+)
 _CHOICE, _TOKEN = (
     Through(
         ("Squeeze", "Reshape"), Op("Split", (_FOUND,), name="places", output=output, test=attribute_is("axis", 1, 0))
@@ -138,9 +141,7 @@ def loop_of(last: Match) -> Match | str:
     if mask is None:
         return f"what finds the tokens of an expert{miss.where}"
     tensors = {**shared, "chosen": mask.tensors["chosen"]}
-    zeros = producer_of(steps[0].tensors["so_far"])
-    assert zeros is not None
-    whole = Match(tensors, {}, tuple({id(node): node for node in (*nodes, *mask.nodes, zeros)}.values()))
+    whole = Match(tensors, {}, tuple({id(node): node for node in (*nodes, *mask.nodes)}.values()))
     return _sizes_differ(whole, int(mask.scalar("experts")), {int(step.scalar("top_k")) for step in steps}) or whole
 
 
@@ -149,8 +150,7 @@ def _steps_of(last: Match) -> list[Match] | str:
     steps = [last]
     while True:
         so_far = steps[0].tensors["so_far"]
-        producer = producer_of(so_far)
-        if producer is not None and producer.op == "ConstantOfShape" and _is_zero(producer) is None:
+        if match_all([(_ZEROS, so_far)], Miss()) is not None:
             return steps
         miss = Miss()
         step = match_all([(STEP, so_far)], miss, Match({name: last.tensors[name] for name in _SHARED}))

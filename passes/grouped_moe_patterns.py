@@ -108,9 +108,10 @@ _ENDS = Through(
     ("Cast",),
     Op(
         "CumSum",
-        (Through(("Cast",), _COUNTS), _number("axis", 0)),
+        (Through(("Cast",), _COUNTS, any_type=True), _number("axis", 0)),
         test=lambda node: attribute_is("exclusive", 0, 0)(node) or attribute_is("reverse", 0, 0)(node),
     ),
+    any_type=True,
 )
 
 

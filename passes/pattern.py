@@ -15,6 +15,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
+_FLOATING = tuple(onnx.TensorProto.DataType.Value(name) for name in ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE"))
 _LARGEST_CONSTANT = 1 << 20  # elements; anything larger is a weight, which is never read
 
 # How many nodes a side path (the shape of an inner tensor) may have before it is back in the match: torch's tracing exporter
@@ -61,10 +62,12 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Through:
-    """``inner``, with nodes of the given ops after it: as many as there are, rather than few."""
+    """``inner``, with nodes of the given ops after it: as many as there are, rather than few. A ``Cast`` has to be to another
+    floating-point type of 16 bits or more, unless ``any_type``: what it rounds is then within what the ops round."""
 
     ops: tuple[str, ...]
     inner: Pattern
+    any_type: bool = False
 
 
 Pattern = Var | Const | Op | OneOf | Through
@@ -82,7 +85,10 @@ class Match:
 
     def scalar(self, name: str) -> float:
         """The value of a one-element constant."""
-        return float(np.asarray(self.tensors[name].values).reshape(()))
+        value = small_constant(self.tensors[name])
+        if value is None:
+            raise ValueError(f"{name} stands for {self.tensors[name].name}, which is no small constant")
+        return float(value.reshape(()))
 
 
 @dataclass
@@ -166,11 +172,15 @@ def _match_tensor(pattern: Pattern, tensor: gs.Tensor, so_far: Match, miss: Miss
         case OneOf(options):
             for option in options:
                 yield from _match_tensor(option, tensor, so_far, miss)
-        case Through(ops, inner):
+        case Through(ops, inner, any_type):
             producer = producer_of(tensor)
             if producer is not None and producer.op in ops:
-                passed = Match(so_far.tensors, so_far.named, (*so_far.nodes, producer))
-                yield from _match_tensor(pattern, producer.inputs[0], passed, miss)
+                if any_type or _keeps_numbers(producer):
+                    passed = Match(so_far.tensors, so_far.named, (*so_far.nodes, producer))
+                    yield from _match_tensor(pattern, producer.inputs[0], passed, miss)
+                else:
+                    name = onnx.TensorProto.DataType.Name(producer.attrs["to"])
+                    miss.note(so_far, producer, f"it casts to {name}, not to a floating-point type")
             yield from _match_tensor(inner, tensor, so_far, miss)
         case Op():
             producer = producer_of(tensor)
@@ -181,6 +191,10 @@ def _match_tensor(pattern: Pattern, tensor: gs.Tensor, so_far: Match, miss: Miss
                 miss.note(so_far, producer, f"output {tensor.name} is not output {pattern.output} of {producer.op}")
             else:
                 yield from _match_node(pattern, producer, so_far, miss)
+
+
+def _keeps_numbers(node: gs.Node) -> bool:
+    return node.op != "Cast" or node.attrs["to"] in _FLOATING
 
 
 def _bind(name: str, tensor: gs.Tensor, so_far: Match, miss: Miss) -> Iterator[Match]:
@@ -196,7 +210,10 @@ def producer_of(tensor: gs.Tensor) -> gs.Node | None:
 
 
 def small_constant(tensor: gs.Tensor) -> np.ndarray | None:
-    """A constant's values, if it is one and no weight: weights are stored outside the graph."""
+    """The values of a constant, or of what a ``Constant`` node gives, if it is no weight: those are stored outside the graph."""
+    producer = producer_of(tensor)
+    if producer is not None and producer.op == "Constant" and "value" in producer.attrs:
+        tensor = producer.attrs["value"]
     if not isinstance(tensor, gs.Constant) or int(np.prod(tensor.shape or (), dtype=np.int64)) > _LARGEST_CONSTANT:
         return None
     held = tensor._values

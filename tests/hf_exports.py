@@ -34,6 +34,7 @@ SIZES = {
     "max_position_embeddings": 128,
 }
 SHAPES = ((1, 1), (2, 7))
+EXAMPLE = (2, 9)
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,11 @@ class Kind:
     layers: int = 1
     exporter: Literal["dynamo", "traced", "transformers"] = "dynamo"
     opset: int = 21
+    fixed: bool = False  # sizes are those of the example, ``EXAMPLE``
 
     def __str__(self) -> str:
         experts = [self.experts] if self.model == "mixtral" else []
-        return "-".join([self.model, *experts, self.attention, self.dtype, self.exporter])
+        return "-".join([self.model, *experts, self.attention, self.dtype, self.exporter, *["fixed"][: self.fixed]])
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,9 @@ def make(kind: Kind) -> transformers.PreTrainedModel:
 
 def export(kind: Kind, path: Path) -> None:
     """Writes the model to ``path``; its example hits all experts."""
-    ids = torch.randint(0, SIZES["vocab_size"], (2, 9), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(0, SIZES["vocab_size"], EXAMPLE, generator=torch.Generator().manual_seed(1))
     example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    dynamic = {name: {0: "batch", 1: "sequence"} for name in example}
+    dynamic = None if kind.fixed else {name: {0: "batch", 1: "sequence"} for name in example}
     common: dict[str, Any] = {"opset_version": kind.opset, "verbose": False}
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -102,7 +104,7 @@ def export(kind: Kind, path: Path) -> None:
             config = OnnxConfig(dynamic=True, opset_version=kind.opset, output_path=path)
             OnnxExporter().export(model, {**example, "use_cache": False}, config)
         elif kind.exporter == "traced":
-            names = {"input_names": list(example), "output_names": ["logits"], "dynamic_axes": dynamic}
+            names: dict[str, Any] = {"input_names": list(example), "output_names": ["logits"], "dynamic_axes": dynamic}
             torch.onnx.export(_Logits(model), tuple(example.values()), path, dynamo=False, **names, **common)
         else:
             torch.onnx.export(_Logits(model), (), path, dynamo=True, kwargs=example, dynamic_shapes=dynamic, **common)

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 import torch
-from hf_exports import EXPERTS, SHAPES, Kind, export, exported, hf_logits, logits
+from hf_exports import EXAMPLE, EXPERTS, SHAPES, Kind, export, exported, hf_logits, logits
 
 from moecompiler.config import NormalizationMode
 from moecompiler.graph import DOMAIN, Program, check, module_of
@@ -25,6 +25,7 @@ MIXTRAL = Kind("mixtral")
 LLAMA = Kind("llama", dtype="bfloat16")
 QWEN2 = Kind("qwen2", attention="eager", dtype="float16")
 EAGER = Kind("mixtral", experts="eager", attention="eager", exporter="traced")
+TRACED16 = Kind("mixtral", experts="eager", dtype="float16", exporter="traced", opset=18)
 GROUPED = Kind("mixtral", experts="grouped_mm", exporter="transformers")
 # the tracing exporter takes a fraction of a second, the other three or four: each combination comes at least once
 KINDS = (
@@ -33,7 +34,7 @@ KINDS = (
     LLAMA,
     QWEN2,
     EAGER,
-    Kind("mixtral", experts="eager", dtype="float16", exporter="traced", opset=18),
+    TRACED16,
     Kind("mixtral", attention="eager", dtype="bfloat16", exporter="traced", opset=20),
     Kind("mixtral", layers=2, exporter="traced"),
     Kind("llama", attention="eager", dtype="float16", exporter="traced"),
@@ -108,6 +109,15 @@ def test_padding_on_the_left_stays_what_it_is(kind: Kind) -> None:
     np.testing.assert_allclose(after, before, atol=TOLERANCES[kind.dtype], rtol=0)
 
 
+@pytest.mark.parametrize("experts", ["eager", "batched_mm"])
+def test_a_graph_of_fixed_sizes_fuses_too(experts: str) -> None:
+    foreign = exported(Kind("mixtral", experts=experts, attention="eager", exporter="traced", fixed=True))
+    program, results = run_passes(named_pipelines()[PLUGINS], foreign.program)
+    assert not any(result.missed for result in results)
+    before, after = (logits(each, foreign.reader, EXAMPLE) for each in (foreign.program, program))
+    np.testing.assert_allclose(after, before, atol=2e-5, rtol=0)
+
+
 def test_twice_changes_nothing_more() -> None:
     once = fused(MIXTRAL)
     twice, results = run_passes(named_pipelines()[PLUGINS], once)
@@ -167,6 +177,12 @@ NEAR_MISSES = {
     "heads repeated as a whole": (LLAMA, ATTENTION, _heads_as_a_whole, "repeats along another axis"),
     "another function than softmax": (LLAMA, ATTENTION, _as_op("Softmax", "LogSoftmax"), "LogSoftmax where Softmax"),
     "a half of the head too small": (LLAMA, ATTENTION, _constant("Slice", 2, [3]), r"takes \[0:3\] of axis 3"),
+    "scores rounded to whole numbers": (
+        TRACED16,
+        ATTENTION,
+        _attribute("Cast", "to", 7),
+        "casts to INT64, not to a float",
+    ),
     "halves of the other sign": (LLAMA, ATTENTION, _as_op("Neg", "Abs"), "Abs where Neg was expected|Mul was expected"),
     "weights not divided by their sum": (
         MIXTRAL,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
+from hf_exports import Kind, exported
+from hf_exports import logits as foreign_logits
 from programs import (
     GRID,
     MAX_SEQ_LEN,
@@ -20,16 +21,15 @@ from programs import (
     random_subject,
     run_ranks,
 )
-from test_fuse_foreign import exported
 
 from moecompiler.config import ExportOptions
-from moecompiler.graph import DOMAIN, Program, check
+from moecompiler.graph import DOMAIN, check
 from moecompiler.mapping import Mapping
 from moecompiler.passes.fuse_add_rms_norm import FuseAddRMSNorm
 from moecompiler.passes.fuse_attention import FuseAttention
-from moecompiler.passes.fuse_context_attention import FuseContextAttention
 from moecompiler.passes.fuse_moe import FuseMoE
 from moecompiler.passes.fuse_rms_norm import FuseRMSNorm
+from moecompiler.passes.pipelines import PLUGINS, named_pipelines
 from moecompiler.passes.standard_ops import StandardOps
 from moecompiler.pipeline import run_passes
 
@@ -90,14 +90,11 @@ def test_a_pass_that_fuses_afterwards_adds_its_body_at_the_same_opset(shipped: S
 
 
 def test_an_export_of_transformers_is_mapped_too() -> None:
-    fused, _ = run_passes((FuseRMSNorm(), FuseContextAttention(), FuseAddRMSNorm()), Program(exported("llama")))
+    foreign = exported(Kind("llama", attention="eager", layers=2, exporter="traced"))
+    fused, _ = run_passes(named_pipelines()[PLUGINS], foreign.program)
     standard, (result,) = run_passes([StandardOps()], fused)
     check(standard)
     assert result.matches == 7
     assert not any(node.domain == DOMAIN for node in standard.model.graph.node)
-    feeds = {"input_ids": np.random.default_rng(0).integers(0, 64, (2, 7))}
-    before, after = (
-        onnxruntime.InferenceSession(model.SerializeToString()).run(None, feeds)[0]
-        for model in (exported("llama"), standard.model)
-    )
+    before, after = (foreign_logits(program, foreign.reader, (2, 7)) for program in (foreign.program, standard))
     np.testing.assert_allclose(after, before, atol=2e-5, rtol=0)
