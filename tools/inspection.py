@@ -71,6 +71,7 @@ def _describe_rank(artifact: Artifact, job: Job, rank: int) -> dict[str, Any]:
         "outputs": [_signature(value) for value in graph.output],
         "ops": dict(Counter(_op(node) for node in graph.node).most_common()),
         "passes": artifact.rank_info(rank).get("passes", []),
+        "engine": artifact.rank_info(rank).get("engine"),
     }
 
 
@@ -111,8 +112,12 @@ def _print_rank(console: Console, data: dict[str, Any]) -> None:
     console.print(f"\n[bold]rank {data['rank']}[/bold]: layers {first} to {last}, weights {data['weights']}")
     for name, size in data["files"].items():
         console.print(f"  {name}  {byte_size(size)}", highlight=False)
+    if data["engine"]:
+        _print_engine(console, data["engine"])
     caches = ("past_key_values.", "present.")
+    bound = tuple(f"{name}:" for name in (data["engine"] or {}).get("bound", ()))
     for kind in ("inputs", "outputs"):
+        data[kind] = [text for text in data[kind] if not text.startswith(bound)]
         shown = [text for text in data[kind] if not text.startswith(caches)]
         example = next((text for text in data[kind] if text.startswith(caches)), "no cache")
         count = len(data[kind]) - len(shown)
@@ -122,3 +127,12 @@ def _print_rank(console: Console, data: dict[str, Any]) -> None:
     for step in data["passes"]:
         nodes = f"{step['nodes_before']} → {step['nodes_after']} nodes"
         console.print(f"  pass {step['name']}: {step['matches']} matches, {nodes}", highlight=False)
+
+
+def _print_engine(console: Console, engine: dict[str, Any]) -> None:
+    """What a TensorRT engine's record says; see ``tensorrt_record.Record``."""
+    made = engine["made"]
+    console.print(f"  runs on: SM {made['sm']} (built on {made['gpu']}), TensorRT {made['tensorrt']}", highlight=False)
+    plugins = ", ".join(f"{op} {count}" for op, count in Counter(engine["plugins"].values()).most_common())
+    console.print(f"  plugins: {plugins or 'none'}; caches written in place: {len(engine['aliases'])}", highlight=False)
+    console.print(f"  weights bound at run time: {len(engine['bound'])}", highlight=False)
