@@ -26,7 +26,7 @@ def write_dumps(
     """
     recipes, stored = distinct_weights(programs)
     tensors = {name: (recipe.dtype, recipe.shape) for name, recipe in recipes.items()}
-    _, offsets, _ = layout(tensors)
+    _, offsets, size = layout(tensors)
     for file, program in programs.items():
         model = onnx.ModelProto()
         model.CopyFrom(program.model)
@@ -36,13 +36,12 @@ def write_dumps(
                 model.graph.initializer[index].CopyFrom(pointer)
         path_of(file).write_bytes(model.SerializeToString(deterministic=True))
     if reader is not None:
-        total = max(1, sum(recipe.nbytes for recipe in recipes.values()))
         written = 0
 
         def advance(count: int) -> None:
             nonlocal written
             written += count
-            progress(written / total)
+            progress(written / size)
 
         write(path_of(WEIGHTS), tensors, lambda name: materialize(recipes[name], reader), advance)
 

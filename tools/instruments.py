@@ -48,13 +48,26 @@ class Watcher:
         """Whether there are graphs to write."""
         return bool(self._programs)
 
-    def write(self, open_reader: Callable[[], TensorReader], path_of: Callable[[str], Path]) -> None:
-        """Writes the graphs that are wanted, ``path_of`` each name. Raises: UserError where a weight does not fit the type in
-        which it is to be written, or cannot be written."""
+    @property
+    def share(self) -> float:
+        """How much of the work are the passes themselves: little, where weights are to be written."""
+        return 0.1 if self.dumps and self._flags.dump_weights else 1.0
+
+    def write(
+        self,
+        open_reader: Callable[[], TensorReader],
+        path_of: Callable[[str], Path],
+        progress: Callable[[float], None] = lambda fraction: None,
+    ) -> None:
+        """Writes the graphs that are wanted, ``path_of`` each name; ``progress`` goes on from ``share``.
+
+        Raises: UserError where a weight does not fit the type in which it is to be written, or cannot be written.
+        """
         if not self.dumps:
             return
+        reader = open_reader() if self._flags.dump_weights else None
         try:
-            write_dumps(self._programs, open_reader() if self._flags.dump_weights else None, path_of)
+            write_dumps(self._programs, reader, path_of, lambda done: progress(self.share + (1 - self.share) * done))
         except OverflowError as error:
             raise UserError(f"{error}, or --no_dump_weights") from None
 

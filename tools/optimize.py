@@ -138,7 +138,11 @@ class _OptimizeRank:
         steps = self.passes.selection.passes()
         watcher = Watcher(self.instruments, exported, _whose(rank))
         program, results = run_passes(
-            steps, exported, progress, allow_missed=self.passes.allow_missed, watch=watcher.watch
+            steps,
+            exported,
+            lambda done: progress(watcher.share * done),
+            allow_missed=self.passes.allow_missed,
+            watch=watcher.watch,
         )
         staged = {name: temporary_path(self.directory / name) for name in (f"{stem}.onnx", f"{stem}.weights.json")}
         for path, content in zip(staged.values(), serialize(program, stem), strict=True):
@@ -151,7 +155,7 @@ class _OptimizeRank:
             return staged.setdefault(f"{DUMPS}/{stem}/{name}", temporary_path(folder / name))
 
         try:
-            watcher.write(lambda: open_source(self.identity, self.model), path_of)
+            watcher.write(lambda: open_source(self.identity, self.model), path_of, progress)
         except BaseException:
             _remove_dumps(staged, folder)
             raise

@@ -134,7 +134,7 @@ def test_a_dump_that_fails(
 ) -> None:
     """A weight that is beyond float16, say: one line, and nothing half-written."""
 
-    def fails(programs: object, reader: object, path_of: Callable[[str], Path]) -> None:
+    def fails(programs: object, reader: object, path_of: Callable[[str], Path], progress: object) -> None:
         path_of("00-given.onnx").write_bytes(b"half")
         raise OverflowError("lm_head.weight: holds values beyond float16's range; use --dtype bfloat16")
 
