@@ -138,3 +138,9 @@ def hf_logits(module: transformers.PreTrainedModel, shape: tuple[int, int]) -> n
     with torch.no_grad():
         result = module(torch.from_numpy(tokens(shape)), use_cache=False).logits
     return np.asarray(result.float().numpy())
+
+
+@functools.cache
+def exported_logits(kind: Kind, shape: tuple[int, int]) -> np.ndarray:
+    """What the export says as it is."""
+    return logits(exported(kind).program, exported(kind).reader, shape)
