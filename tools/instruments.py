@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -34,6 +35,15 @@ class Watcher:
         self._flags, self._whose = flags, whose
         self._programs = {} if flags.dump_passes is Dump.none else {f"{label(0, 'given')}.onnx": given}
         self.text = ""
+
+    @contextmanager
+    def printed_if_it_fails(self) -> Iterator[None]:
+        """Prints the graphs asked for up to the pass that ends the run with an error, and lets the error pass."""
+        try:
+            yield
+        except UserError:
+            sys.stdout.write(self.text)
+            raise
 
     def watch(self, index: int, program: Program, result: PassResult) -> None:
         """See ``pipeline.run_passes``."""

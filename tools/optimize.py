@@ -137,13 +137,14 @@ class _OptimizeRank:
         exported = load_program(self.source / f"{stem}.onnx")
         steps = self.passes.selection.passes()
         watcher = Watcher(self.instruments, exported, _whose(rank))
-        program, results = run_passes(
-            steps,
-            exported,
-            lambda done: progress(watcher.share * done),
-            allow_missed=self.passes.allow_missed,
-            watch=watcher.watch,
-        )
+        with watcher.printed_if_it_fails():
+            program, results = run_passes(
+                steps,
+                exported,
+                lambda done: progress(watcher.share * done),
+                allow_missed=self.passes.allow_missed,
+                watch=watcher.watch,
+            )
         staged = {name: temporary_path(self.directory / name) for name in (f"{stem}.onnx", f"{stem}.weights.json")}
         for path, content in zip(staged.values(), serialize(program, stem), strict=True):
             path.write_bytes(content)

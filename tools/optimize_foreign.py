@@ -39,7 +39,8 @@ def run_optimize_foreign(source: Path, output: Path, passes: SelectionFlags, ins
 
         require_verified(source, passes)
     watcher = Watcher(instruments, given, str(source))
-    program, results = run_passes(steps, given, allow_missed=passes.allow_missed, watch=watcher.watch)
+    with watcher.printed_if_it_fails():
+        program, results = run_passes(steps, given, allow_missed=passes.allow_missed, watch=watcher.watch)
     _require_matches(source, steps, results, passes)
     try:
         _write(program, reader, output, watcher)

@@ -90,6 +90,19 @@ def test_times_and_graphs_are_printed(optimized: tuple[object, ...], here: Here,
     assert [line for line in only.out.splitlines() if line.startswith("---")] == after[:1]
 
 
+def test_a_graph_is_printed_before_a_pass_that_fails(optimized: tuple[object, ...], here: Here, tmp_path: Path) -> None:
+    """It is looked at to learn why."""
+    output = here(
+        *optimized, "--pipeline", "clean-up,fuse-moe", "--print_after", "clean-up", "--print_after", "fuse-moe"
+    )
+    assert output.status == 2
+    assert output.out.startswith("--- rank 0 after 01-clean-up ---\ninput input_ids int64[batch, sequence]\n")
+    assert "after 02" not in output.out
+    (line,) = output.complaints
+    assert "pass fuse-moe: did not match in model.layers.0.mlp.experts (nearest miss: " in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_done_is_not_done_again(optimized: tuple[object, ...], here: Here, tmp_path: Path) -> None:
     arguments = (*optimized, "--dump_passes")
     assert here(*arguments).status == 0
