@@ -44,9 +44,9 @@ class Prepared:
 
     def run(self, launches: Sequence[Launch], inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         """Launches some of the plan."""
-        addresses = [[tensor.data_ptr() for tensor in tensors] for tensors in (inputs, outputs)]
+        read, written = ([tensor.data_ptr() for tensor in tensors] for tensors in (inputs, outputs))
         workspace, stream = self.workspace.data_ptr(), torch.cuda.current_stream().cuda_stream
-        driver.run(self.functions, launches, *addresses, workspace, workspace + self.scratch, stream)
+        driver.run(self.functions, launches, read, written, workspace, workspace + self.scratch, stream)
 
 
 def prepare(tactic: Tactic, dims: Dims) -> Prepared:
@@ -140,4 +140,8 @@ def matmul_peak(dtype: torch.dtype, size: int = 8192) -> float:
     """Floating-point operations per second of torch's product of two square matrices of random numbers."""
     a, b = (torch.randn(size, size, dtype=dtype, device="cuda") for _ in range(2))
     out = torch.empty(size, size, dtype=dtype, device="cuda")
-    return 2 * size**3 / (1e-6 * microseconds([lambda: torch.mm(a, b, out=out)], least=20))
+
+    def multiply() -> None:
+        torch.mm(a, b, out=out)
+
+    return 2 * size**3 / (1e-6 * microseconds([multiply], least=20))

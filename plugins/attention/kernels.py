@@ -43,7 +43,17 @@ def decode(
     group = tl.arange(0, G_BLOCK)
     slot = tl.arange(0, T_BLOCK)
     inside = column < D
+    # all that does not wait for the position is fetched with it
     position = tl.load(position_ids + batch).to(tl.int32)
+    cos_row = cos + batch * D
+    sin_row = sin + batch * D
+    rows = query + (batch * N + head * G + group)[:, None] * D
+    heads = (group < G)[:, None] & inside[None, :]
+    new = (batch * KV + head) * D
+    new_value = tl.load(value + new + column, mask=inside, other=0.0)
+    new_key = _rotated(key + new, cos_row, sin_row, column, inside, D).to(keys.dtype.element_ty)
+    q = _rotated(rows, cos_row, sin_row, column[None, :], heads, D).to(query.dtype.element_ty)
+
     oldest = 0
     if WINDOW > 0:
         oldest = tl.maximum(position - WINDOW + 1, 0)
@@ -52,20 +62,11 @@ def decode(
     first = oldest + part * share
     last = tl.minimum(first + share, before)
 
-    cos_row = cos + batch * D
-    sin_row = sin + batch * D
-    rows = query + (batch * N + head * G + group)[:, None] * D
-    heads = (group < G)[:, None] & inside[None, :]
-    q = _rotated(rows, cos_row, sin_row, column[None, :], heads, D).to(query.dtype.element_ty)
-
     cache = (batch * KV + head).to(tl.int64) * slots * D
     highest = tl.full([G_BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([G_BLOCK], tl.float32)
     mix = tl.zeros([G_BLOCK, D_BLOCK], tl.float32)
     if part == 0:
-        new = (batch * KV + head) * D
-        new_key = _rotated(key + new, cos_row, sin_row, column, inside, D).to(keys.dtype.element_ty)
-        new_value = tl.load(value + new + column, mask=inside, other=0.0)
         written = inside & (position >= 0) & (position < slots)
         tl.store(keys + cache + position.to(tl.int64) * D + column, new_key, mask=written)
         tl.store(values + cache + position.to(tl.int64) * D + column, new_value, mask=written)
@@ -146,25 +147,13 @@ def append(
 
 @triton.jit
 def _attend(
-    q, mix, total, highest, position, first, last, key_tiles, value_tiles, slots, scale,
-    D: tl.constexpr, D_BLOCK: tl.constexpr, WINDOW: tl.constexpr, T_BLOCK: tl.constexpr, MASKED: tl.constexpr,
+    q, mix, total, highest, position, first, last, key_tiles, value_tiles, row, scale,
+    WINDOW: tl.constexpr, T_BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Goes on with a tile's softmax over the slots from ``first`` to ``last``; without ``MASKED`` all of them are seen."""
     slot = tl.arange(0, T_BLOCK)
-    inside = tl.arange(0, D_BLOCK) < D
-    for start in range(first, last, T_BLOCK):
-        at = start * D
-        if MASKED:
-            here = start + slot < slots
-            k = tl.load(key_tiles + at, mask=inside[:, None] & here[None, :], other=0.0)
-            v = tl.load(value_tiles + at, mask=here[:, None] & inside[None, :], other=0.0)
-        elif D == D_BLOCK:
-            k = tl.load(key_tiles + at)
-            v = tl.load(value_tiles + at)
-        else:
-            k = tl.load(key_tiles + at, mask=inside[:, None], other=0.0)
-            v = tl.load(value_tiles + at, mask=inside[None, :], other=0.0)
-        scores = tl.dot(q, k)
+    for start in tl.range(first, last, T_BLOCK):
+        scores = tl.dot(q, key_tiles.load([row + start, 0]).T)
         if MASKED:
             seen = (start + slot)[None, :] <= position[:, None]
             if WINDOW > 0:
@@ -176,25 +165,24 @@ def _attend(
         shares = tl.exp2(scores * scale - base[:, None])
         fading = tl.exp2(highest - base)
         total = total * fading + tl.sum(shares, 1)
-        mix = tl.dot(shares.to(v.dtype), v, mix * fading[:, None])
+        mix = tl.dot(shares.to(q.dtype), value_tiles.load([row + start, 0]), mix * fading[:, None])
         highest = higher
     return mix, total, highest
 
 
 @triton.jit
 def prefill(
-    query, cos, sin, position_ids, keys, values, output, length, slots, scale,
+    query, cos, sin, position_ids, keys, values, output, length, slots, scale, cache_rows,
     N: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr, WINDOW: tl.constexpr,
     S_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """``query [B, S, N * D]`` over a cache that holds the new tokens → ``output [B, S, N * D]``. Program (i, h, b): ``S_BLOCK``
-    tokens of a head, the last tokens first, since they see most. Positions may be any."""
+    tokens of a head, the last tokens first, since they see most. Positions may be any; ``cache_rows`` are B * KV * SLOTS."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
     batch = tl.program_id(2)
     token = block * S_BLOCK + tl.arange(0, S_BLOCK)
     column = tl.arange(0, D_BLOCK)
-    slot = tl.arange(0, T_BLOCK)
     row = batch.to(tl.int64) * length + token
     there = token < length
     # rows past the end see what the first row sees, and are not written
@@ -207,15 +195,14 @@ def prefill(
     if OVERLAPPED:
         tl.extra.cuda.gdc_wait()
 
-    cache = (batch * KV + head // (N // KV)).to(tl.int64) * slots * D
-    key_tiles = keys + cache + column[:, None] + slot[None, :] * D
-    value_tiles = values + cache + slot[:, None] * D + column[None, :]
+    key_tiles = tl.make_tensor_descriptor(keys, [cache_rows, D], [D, 1], [T_BLOCK, D_BLOCK])
+    value_tiles = tl.make_tensor_descriptor(values, [cache_rows, D], [D, 1], [T_BLOCK, D_BLOCK])
+    cache = (batch * KV + head // (N // KV)) * slots
     mix = tl.zeros([S_BLOCK, D_BLOCK], tl.float32)
     total = tl.zeros([S_BLOCK], tl.float32)
     highest = tl.full([S_BLOCK], float("-inf"), tl.float32)
     lowest_position = tl.min(position, 0)
-    end = tl.minimum(tl.max(position, 0) + 1, slots)
-    first = 0
+    end = tl.max(position, 0) + 1
     # whole blocks that every row sees lie from `open` to `full`
     full = tl.maximum(lowest_position + 1, 0) // T_BLOCK * T_BLOCK
     open = 0
@@ -225,16 +212,13 @@ def prefill(
         open = tl.maximum(open, first)
         full = tl.maximum(full, open)
         mix, total, highest = _attend(
-            q, mix, total, highest, position, first, open, key_tiles, value_tiles, slots, scale,
-            D, D_BLOCK, WINDOW, T_BLOCK, True,
-        )  # fmt: skip
+            q, mix, total, highest, position, first, open, key_tiles, value_tiles, cache, scale, WINDOW, T_BLOCK, True
+        )
     mix, total, highest = _attend(
-        q, mix, total, highest, position, open, full, key_tiles, value_tiles, slots, scale,
-        D, D_BLOCK, WINDOW, T_BLOCK, False,
-    )  # fmt: skip
+        q, mix, total, highest, position, open, full, key_tiles, value_tiles, cache, scale, WINDOW, T_BLOCK, False
+    )
     mix, total, highest = _attend(
-        q, mix, total, highest, position, full, end, key_tiles, value_tiles, slots, scale,
-        D, D_BLOCK, WINDOW, T_BLOCK, True,
-    )  # fmt: skip
+        q, mix, total, highest, position, full, end, key_tiles, value_tiles, cache, scale, WINDOW, T_BLOCK, True
+    )
     mix = mix / total[:, None]
     tl.store(output + at + column[None, :], mix.to(output.dtype.element_ty), mask=mask)

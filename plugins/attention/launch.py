@@ -43,15 +43,16 @@ class DecodeTiles:
 class PrefillTiles:
     """``tokens`` per program, ``slots`` of the cache at a time."""
 
-    tokens: int = 128
-    slots: int = 128
-    stages: int = 2
-    warps: int = 8
+    tokens: int = 64
+    slots: int = 64
+    stages: int = 3
+    warps: int = 4
 
 
 @dataclass(frozen=True)
 class AttentionTactic:
-    """The cache is read and written through the outputs: they are aliased to the inputs ``past_key`` and ``past_value``."""
+    """The cache is read and written through the outputs: they are aliased to the inputs ``past_key`` and ``past_value``.
+    ``processors``: the card's multiprocessors, which decide into how many parts decode divides the cache."""
 
     name: str
     heads: int
@@ -63,6 +64,7 @@ class AttentionTactic:
     sm: int
     decode: DecodeTiles
     prefill: PrefillTiles
+    processors: int
 
     @cached_property
     def kernels(self) -> tuple[Kernel, ...]:
@@ -99,7 +101,7 @@ class AttentionTactic:
             self._kernel("append", f"{inputs.removeprefix('query:T ')} length:i32 slots:i32", append, 4),
             self._kernel(
                 "prefill",
-                "query:T cos:T sin:T position_ids:L keys:T values:T output:T length:i32 slots:i32 scale:fp32",
+                "query:T cos:T sin:T position_ids:L keys:T values:T output:T length:i32 slots:i32 scale:fp32 cache_rows:i32",
                 prefill,
                 self.prefill.warps,
                 prefill_stages,
@@ -107,9 +109,9 @@ class AttentionTactic:
         )
 
     def workspace(self, dims: Dims) -> int:
-        arena, (batch, _, _) = Arena(), dims[0]
+        arena, (batch, _, _), slots = Arena(), dims[0], dims[6][2]
         # fewer sequences may be divided into more parts, so what the plan for `batch` takes is not the bound
-        rows = self.heads * max(count * self._parts(count) for count in range(1, max(1, batch) + 1))
+        rows = self.heads * max(count * self._parts(count, slots) for count in range(1, max(1, batch) + 1))
         arena.take(4 * rows * self.head_dim)
         arena.take(8 * rows)
         return arena.size
@@ -121,13 +123,25 @@ class AttentionTactic:
         scale = self.scale * math.log2(math.e)
         if length > 1:
             append = (_KEY, _VALUE, _COS, _SIN, _POSITIONS, _KEYS, _VALUES, length, slots)
-            attend = (_QUERY, _COS, _SIN, _POSITIONS, _KEYS, _VALUES, _OUTPUT, length, slots, scale)
+            attend = (
+                _QUERY,
+                _COS,
+                _SIN,
+                _POSITIONS,
+                _KEYS,
+                _VALUES,
+                _OUTPUT,
+                length,
+                slots,
+                scale,
+                batch * self.kv_heads * slots,
+            )
             tiles = -(-length // self.prefill.tokens)
             return (
                 Launch(_APPEND, (-(-length // _APPENDED_TOKENS), self.kv_heads, batch), append),
                 Launch(_PREFILL, (tiles, self.heads, batch), attend, self._overlapped),
             )
-        parts, arena = self._parts(batch), Arena()
+        parts, arena = self._parts(batch, slots), Arena()
         rows = batch * self.heads * parts
         mixed, sums = arena.take(4 * rows * self.head_dim), arena.take(8 * rows)
         inputs = (_QUERY, _KEY, _VALUE, _COS, _SIN, _POSITIONS, _KEYS, _VALUES)
@@ -145,10 +159,10 @@ class AttentionTactic:
     def _block(self) -> int:
         return max(16, power_of_two(self.head_dim))
 
-    def _parts(self, batch: int) -> int:
-        """Among how many programs a sequence's slots are divided."""
-        wanted = self.decode.programs * multiprocessors(self.sm) // (batch * self.kv_heads)
-        return max(1, min(self.decode.max_parts, wanted))
+    def _parts(self, batch: int, slots: int) -> int:
+        """Among how many programs a sequence's slots are divided: each should have two tiles of them."""
+        wanted = self.decode.programs * self.processors // (batch * self.kv_heads)
+        return max(1, min(self.decode.max_parts, wanted, slots // (2 * self.decode.slots)))
 
     def _stages(self, wanted: int, stage: int, kept: int = 0) -> int:
         return max(1, min(wanted, (shared_memory(self.sm) - kept - 8192) // stage))
@@ -163,13 +177,12 @@ class AttentionTactic:
 
 
 def tactics(op: str, attributes: Mapping[str, Any], dims: Dims, dtype: str, sm: int) -> tuple[AttentionTactic, ...]:
-    """Of ``dims`` only the cache's head size has to be known. None for float32 and for head sizes that are odd or over 256."""
+    """Of ``dims`` only the cache's head size has to be known. None for float32 and for head sizes over 256 or no multiple
+    of 8, which the copy engine needs."""
     head_dim = dims[6][3]
-    if dtype not in ("float16", "bfloat16") or head_dim % 2 or head_dim > 256:
+    if dtype not in ("float16", "bfloat16") or head_dim % 8 or head_dim > 256:
         return ()
     heads, kv_heads = attributes["num_heads"], attributes["num_kv_heads"]
     scale, window = attributes["scale"], attributes["window"]
-    tactic = AttentionTactic(
-        "tiled", heads, kv_heads, head_dim, scale, window, dtype, sm, DecodeTiles(), PrefillTiles()
-    )
-    return (tactic,)
+    sizes = (heads, kv_heads, head_dim, scale, window, dtype, sm)
+    return (AttentionTactic("tiled", *sizes, DecodeTiles(), PrefillTiles(), multiprocessors(sm)),)

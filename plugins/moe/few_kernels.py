@@ -153,3 +153,27 @@ def few_down(
         result = tl.dot(weights, values, result)
     at = results + ((part * LOCAL + expert) * tokens + token).to(tl.int64)[:, None] * HIDDEN + row[None, :]
     tl.store(at, tl.trans(result), mask=mine[:, None] & (row < HIDDEN)[None, :])
+
+
+@triton.jit
+def few_combine(
+    results, chosen, weights, y, tokens, parts, part_rows,
+    HIDDEN: tl.constexpr, TOP_K: tl.constexpr, H_BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
+):  # fmt: skip
+    """``y [T, H]``: the weighted sum of each token's results, in the order of its experts and parts; ``part_rows`` are L * T.
+
+    Program (t, i): ``H_BLOCK`` columns of token t."""
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_wait()
+    token = tl.program_id(0)
+    column = tl.program_id(1) * H_BLOCK + tl.arange(0, H_BLOCK)
+    there = column < HIDDEN
+    total = tl.zeros([H_BLOCK], tl.float32)
+    for i in tl.static_range(TOP_K):
+        expert = tl.load(chosen + token * TOP_K + i)
+        weight = tl.load(weights + token * TOP_K + i)
+        for part in range(parts):
+            row = part * part_rows + expert * tokens + token
+            at = results + row.to(tl.int64) * HIDDEN + column
+            total += weight * tl.load(at, mask=there & (expert >= 0), other=0.0)
+    tl.store(y + token * HIDDEN + column, total.to(y.dtype.element_ty), mask=there)

@@ -6,7 +6,7 @@ Every tactic computes any number of tokens; they differ in tiles and in where th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -47,9 +47,9 @@ class Sizes:
 class One:
     """Tiles for one token: rows of weights and columns at a time, of the up and of the down product."""
 
-    up_rows: int = 2
+    up_rows: int = 1
     up_block: int = 4096
-    down_rows: int = 2
+    down_rows: int = 1
     down_block: int = 2048
     warps: int = 4
 
@@ -67,18 +67,25 @@ class Few:
 
 
 @dataclass(frozen=True)
-class Many:
-    """Tiles for up to ``tokens`` tokens (0: any number), rows × outputs × columns: ``up`` is as wide for gate and for up each."""
+class Tile:
+    """Outputs and columns of a tile; ``programs`` per multiprocessor. The up product's is as wide for gate and for up each."""
 
-    tokens: int = 0
-    rows: int = 128
-    up: int = 128
-    down: int = 256
+    outputs: int
     columns: int = 64
     stages: int = 4
     warps: int = 8
-    programs: int = 1  # per multiprocessor
-    flatten: bool = True
+    programs: int = 1
+
+
+@dataclass(frozen=True)
+class Many:
+    """Tiles of ``rows`` for up to ``tokens`` tokens (0: any number); with ``tails`` an expert's last one may have half."""
+
+    tokens: int = 0
+    rows: int = 128
+    up: Tile = Tile(128)
+    down: Tile = Tile(256)
+    tails: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,8 @@ class _Step:
 
 @dataclass(frozen=True)
 class MoETactic:
-    """``few`` and ``many`` are in ascending order of tokens; the last of ``many`` takes any number."""
+    """``few`` and ``many`` are in ascending order of tokens; the last of ``many`` takes any number. ``processors``: the card's
+    multiprocessors, which decide the grids for many tokens."""
 
     name: str
     sizes: Sizes
@@ -101,6 +109,7 @@ class MoETactic:
     one: One | None
     few: tuple[Few, ...]
     many: tuple[Many, ...]
+    processors: int
 
     @cached_property
     def _table(self) -> dict[tuple[Any, ...], Kernel]:
@@ -114,8 +123,8 @@ class MoETactic:
             table.update(self._few_kernels(few))
         for many in self.many:
             table.update(self._many_kernels(many))
-        for placed in ([False] if self.few else []) + [True]:
-            table["combine", placed] = self._combine(placed)
+        if self.few:
+            table["few_combine",] = self._combine()
         return table
 
     @property
@@ -124,7 +133,8 @@ class MoETactic:
 
     def workspace(self, dims: Dims) -> int:
         tokens = dims[0][0]
-        limits = (way.tokens for way in (*self.few, *self.many[:-1]) if way.tokens < tokens)
+        limits = [few.tokens for few in self.few] + [many.tokens for many in self.many[:-1]]
+        limits = [limit for limit in limits if limit < tokens]
         return max(self._plan(self._way(count), count)[1] for count in (tokens, *limits))
 
     def launches(self, dims: Dims) -> tuple[Launch, ...]:
@@ -186,7 +196,11 @@ class MoETactic:
         return [
             _Step(("few_up", few), up_grid, (Input(0), Input(2), chosen, inner, tokens)),
             _Step(("few_down", few), down_grid, (inner, Input(3), chosen, results, tokens)),
-            self._combine_step(False, results, chosen, weights, tokens, few.parts, sizes.local * tokens),
+            _Step(
+                ("few_combine",),
+                (tokens, -(-sizes.hidden // _COMBINED_COLUMNS), 1),
+                (results, chosen, weights, Output(0), tokens, few.parts, sizes.local * tokens),
+            ),
         ]
 
     def _many_steps(
@@ -203,21 +217,20 @@ class MoETactic:
         results = arena.take(2 * rows * sizes.hidden)
         blocks = -(-tokens // _ROUTED_TOKENS)
         place_args = (Input(0), chosen, counts, places, totals, sorted_x, tokens, blocks)
-        programs = many.programs * multiprocessors(self.sm)
-        up_programs = min(programs, row_tiles * -(-sizes.intermediate // many.up))
-        down_programs = min(programs, row_tiles * -(-sizes.hidden // many.down))
+        up_programs = min(many.up.programs * self.processors, row_tiles * -(-sizes.intermediate // many.up.outputs))
+        column_tiles = -(-sizes.hidden // many.down.outputs)
+        down_programs = min(many.down.programs * self.processors, 8 * row_tiles * column_tiles)
+        extra = arena.take(4 * down_programs * many.rows * many.down.outputs)
         return [
             _Step(("place", many.rows), (blocks, -(-sizes.hidden // _MOVED_COLUMNS), 1), place_args),
             _Step(("many_up", many), (up_programs, 1, 1), (sorted_x, Input(2), totals, inner, rows)),
-            _Step(("many_down", many), (down_programs, 1, 1), (inner, Input(3), totals, results, rows)),
-            self._combine_step(True, results, places, weights, tokens, 1, rows),
+            _Step(("many_down", many), (down_programs, 1, 1), (inner, Input(3), totals, results, extra, rows)),
+            _Step(
+                ("many_combine", many),
+                (tokens, -(-sizes.hidden // _COMBINED_COLUMNS), 1),
+                (results, extra, totals, places, weights, Output(0), down_programs),
+            ),
         ]
-
-    def _combine_step(
-        self, placed: bool, results: Workspace, rows: Workspace, weights: Workspace, tokens: int, parts: int, each: int
-    ) -> _Step:
-        grid = (tokens, -(-self.sizes.hidden // _COMBINED_COLUMNS), 1)
-        return _Step(("combine", placed), grid, (results, rows, weights, Output(0), tokens, parts, each))
 
     # what is compiled
 
@@ -312,43 +325,34 @@ class MoETactic:
             "LOCAL": sizes.local,
             "L_BLOCK": self._local_block,
             "M": many.rows,
-            "K": many.columns,
-            "FLATTEN": many.flatten,
+            "TAILS": many.tails,
         }
-        up_stages = self._stages(many.stages, 2 * many.columns * (many.rows + 2 * many.up), 2 * many.rows * many.up)
-        down_stages = self._stages(many.stages, 2 * many.columns * (many.rows + many.down), 2 * many.rows * many.down)
-        up = self._kernel(
-            "many_kernels",
-            "many_up",
-            "sorted_x:T gate_up:T totals:I inner:T rows:i32",
-            {**tiles, "N": many.up},
-            many.warps,
-            up_stages,
-        )
-        down = self._kernel(
-            "many_kernels",
-            "many_down",
-            "inner:T down:T totals:I results:T rows:i32",
-            {**tiles, "N": many.down},
-            many.warps,
-            down_stages,
-        )
+        up, down = ({**tiles, "N": tile.outputs, "K": tile.columns} for tile in (many.up, many.down))
+        combine = {name: down[name] for name in ("HIDDEN", "L_BLOCK", "M", "N")}
+        combine |= {"TOP_K": sizes.top_k, "H_BLOCK": _COMBINED_COLUMNS}
+        up_types = "sorted_x:T gate_up:T totals:I inner:T rows:i32"
+        down_types = "inner:T down:T totals:I results:T extra:F rows:i32"
+        combine_types = "results:T extra:F totals:I places:I weights:F y:T programs:i32"
+        up_stages = self._tile_stages(many, many.up, 2)
+        down_stages = self._tile_stages(many, many.down, 1)
         return {
             ("place", many.rows): self._kernel("routing_kernels", "place", types, placing, 4),
-            ("many_up", many): up,
-            ("many_down", many): down,
+            ("many_up", many): self._kernel("many_kernels", "many_up", up_types, up, many.up.warps, up_stages),
+            ("many_down", many): self._kernel(
+                "many_kernels", "many_down", down_types, down, many.down.warps, down_stages
+            ),
+            ("many_combine", many): self._kernel("many_kernels", "many_combine", combine_types, combine, 4),
         }
 
-    def _combine(self, placed: bool) -> Kernel:
-        constants = {
-            "HIDDEN": self.sizes.hidden,
-            "TOP_K": self.sizes.top_k,
-            "H_BLOCK": _COMBINED_COLUMNS,
-            "PLACED": placed,
-        }
-        results = "T" if placed else "F"
-        types = f"results:{results} rows:I weights:F y:T tokens:i32 parts:i32 part_rows:i32"
-        return self._kernel("routing_kernels", "combine", types, constants, 4)
+    def _tile_stages(self, many: Many, tile: Tile, products: int) -> int:
+        stage = 2 * tile.columns * (many.rows + products * tile.outputs)
+        kept = 2 * many.rows * tile.outputs  # results on their way to memory
+        return max(1, min(tile.stages, (shared_memory(self.sm) // tile.programs - kept - 2048) // stage))
+
+    def _combine(self) -> Kernel:
+        constants = {"HIDDEN": self.sizes.hidden, "TOP_K": self.sizes.top_k, "H_BLOCK": _COMBINED_COLUMNS}
+        types = "results:F chosen:I weights:F y:T tokens:i32 parts:i32 part_rows:i32"
+        return self._kernel("few_kernels", "few_combine", types, constants, 4)
 
     def _stages(self, wanted: int, stage: int, kept: int = 0) -> int:
         """As many stages as wanted and as fit beside ``kept`` bytes."""
@@ -362,6 +366,14 @@ def tactics(op: str, attributes: Mapping[str, Any], dims: Dims, dtype: str, sm: 
     if dtype not in ("float16", "bfloat16") or hidden % 8 or intermediate % 8:
         return ()
     sizes = Sizes(hidden, intermediate, experts, local, attributes["top_k"], attributes["normalization_mode"])
-    few = (Few(16), Few(32), Few(64))
-    many = (Many(512, rows=64, up=128, down=128, stages=4, warps=4), Many())
-    return (MoETactic("sorted-from-65", sizes, dtype, sm, One(), few, many),)
+    few = (Few(16, stages=4), Few(32, stages=4), Few(64))
+    up = Tile(128)
+    # as long as tokens do not fill an expert's tile, narrow tiles; while half a tile more or less matters, tails
+    fills = (max(1, rows * experts // sizes.top_k) for rows in (40, 240))
+    many = (
+        Many(next(fills), 64, Tile(64, 128, 3, 4), Tile(128, 128, 4, 4)),
+        Many(next(fills), 128, up, Tile(256), tails=True),
+        Many(0, 128, up, Tile(256)),
+    )
+    tactic = MoETactic("few-to-64", sizes, dtype, sm, One(), few, many, multiprocessors(sm))
+    return (tactic, replace(tactic, name="few-to-128", few=(*few, Few(128, columns=64, stages=5))))

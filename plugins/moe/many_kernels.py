@@ -1,7 +1,10 @@
 """Experts on many tokens: persistent grouped matrix products over rows sorted by expert, tiles fetched by the copy engine.
 
-Shapes: R rows of the sorted buffer, H hidden, F intermediate, L local experts. An expert's rows begin at a multiple of M;
-rows between one expert's last and the next one's first hold garbage, which stays in those rows.
+Shapes: R rows of the sorted buffer, H hidden, F intermediate, L local experts, K experts per token. An expert's rows begin at a
+multiple of M; rows between one expert's last and the next one's first hold garbage, which stays in those rows. With ``TAILS``
+an expert's last tile has M / 2 rows where these are enough.
+
+Tiles are numbered by expert, then by columns, then by rows, so tiles that share weights run at the same time.
 """
 
 import triton
@@ -14,69 +17,194 @@ def _silu(x):
 
 
 @triton.jit
-def _tile(index, row_tiles, column_tiles, L_BLOCK: tl.constexpr):
-    """Which tile ``index`` is: local expert, tile of rows in the whole buffer, tile of columns. An expert's row tiles that share
-    a tile of weights follow one another. ``row_tiles [L_BLOCK]`` is how many there are for each expert."""
-    local = tl.arange(0, L_BLOCK)
-    ends = tl.cumsum(row_tiles, 0)
-    expert = tl.sum((ends * column_tiles <= index).to(tl.int32), 0)
-    before = tl.sum(tl.where(local < expert, row_tiles, 0), 0)
-    mine = tl.sum(tl.where(local == expert, row_tiles, 0), 0)
-    inside = index - before * column_tiles
-    return expert, before + inside % mine, inside // mine
+def _row_tiles(totals, L_BLOCK: tl.constexpr, M: tl.constexpr):
+    """Per expert: how many tiles of rows there are, and how many half tiles these are."""
+    rows = tl.load(totals + tl.arange(0, L_BLOCK))
+    tiles = (rows + M - 1) // M
+    return tiles, 2 * tiles - ((tiles > 0) & (rows - (tiles - 1) * M <= M // 2)).to(tl.int32)
+
+
+@triton.jit
+def _at(values, index):
+    return tl.sum(tl.where(tl.arange(0, values.shape[0]) == index, values, 0), 0)
+
+
+@triton.jit
+def _before(values, index):
+    return tl.sum(tl.where(tl.arange(0, values.shape[0]) < index, values, 0), 0)
+
+
+@triton.jit
+def _tile(index, tiles, column_tiles):
+    """Tile ``index``: its expert, its tile of rows in the expert, its tile of columns."""
+    expert = tl.sum((tl.cumsum(tiles, 0) * column_tiles <= index).to(tl.int32), 0)
+    inside = index - _before(tiles, expert) * column_tiles
+    mine = tl.maximum(_at(tiles, expert), 1)
+    return expert, inside % mine, inside // mine
+
+
+@triton.jit
+def _store_rows(matrix, row, column, values, WIDTH: tl.constexpr):
+    """Without the copy engine, which would keep shared memory for it."""
+    rows = row.to(tl.int64) + tl.arange(0, values.shape[0])
+    columns = column + tl.arange(0, values.shape[1])
+    there = (columns < WIDTH)[None, :]
+    tl.store(matrix + rows[:, None] * WIDTH + columns[None, :], values.to(matrix.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _up_tile(
+    a, b, row, weight_row,
+    HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    gate = tl.zeros([M, N], tl.float32)
+    up = tl.zeros([M, N], tl.float32)
+    for first in range(0, HIDDEN, K):
+        left = a.load([row, first])
+        gate = tl.dot(left, b.load([weight_row, first]).T, gate)
+        up = tl.dot(left, b.load([weight_row + INTERMEDIATE, first]).T, up)
+    return _silu(gate) * up
 
 
 @triton.jit
 def many_up(
     sorted_x, gate_up, totals, inner, rows,
     HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, LOCAL: tl.constexpr, L_BLOCK: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, K: tl.constexpr, FLATTEN: tl.constexpr, OVERLAPPED: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, TAILS: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """``sorted_x [R, H]`` → ``inner [R, F]``, silu(gate) * up."""
     if OVERLAPPED:  # before the descriptors: they lie in scratch memory that the launch before this one may still use
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    HALF: tl.constexpr = M // 2
     a = tl.make_tensor_descriptor(sorted_x, [rows, HIDDEN], [HIDDEN, 1], [M, K])
     b = tl.make_tensor_descriptor(gate_up, [LOCAL * 2 * INTERMEDIATE, HIDDEN], [HIDDEN, 1], [N, K])
     c = tl.make_tensor_descriptor(inner, [rows, INTERMEDIATE], [INTERMEDIATE, 1], [M, N])
-    row_tiles = (tl.load(totals + tl.arange(0, L_BLOCK)) + M - 1) // M
+    if TAILS:
+        a_half = tl.make_tensor_descriptor(sorted_x, [rows, HIDDEN], [HIDDEN, 1], [HALF, K])
+    tiles, halves = _row_tiles(totals, L_BLOCK, M)
     column_tiles: tl.constexpr = (INTERMEDIATE + N - 1) // N
-    tiles = tl.sum(row_tiles, 0) * column_tiles
-    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
-        expert, row_tile, column_tile = _tile(index, row_tiles, column_tiles, L_BLOCK)
-        row = row_tile * M
-        column = column_tile * N
-        weight_row = expert * (2 * INTERMEDIATE) + column
-        gate = tl.zeros([M, N], tl.float32)
-        up = tl.zeros([M, N], tl.float32)
-        for first in range(0, HIDDEN, K):
-            left = a.load([row, first])
-            gate = tl.dot(left, b.load([weight_row, first]).T, gate)
-            up = tl.dot(left, b.load([weight_row + INTERMEDIATE, first]).T, up)
-        c.store([row, column], (_silu(gate) * up).to(inner.dtype.element_ty))
+    count = tl.sum(tiles, 0) * column_tiles
+    programs = tl.num_programs(0)
+    for turn in range((count + programs - 1) // programs):
+        # a program's place moves on from turn to turn: else it could be the one that gets all the half tiles
+        index = turn * programs + (tl.program_id(0) + turn) % programs
+        if index < count:
+            expert, row_tile, column_tile = _tile(index, tiles, column_tiles)
+            row = (_before(tiles, expert) + row_tile) * M
+            column = column_tile * N
+            weight_row = expert * (2 * INTERMEDIATE) + column
+            if TAILS and 2 * row_tile + 1 == _at(halves, expert):
+                half = _up_tile(a_half, b, row, weight_row, HIDDEN, INTERMEDIATE, HALF, N, K)
+                _store_rows(inner, row, column, half, INTERMEDIATE)
+            else:
+                whole = _up_tile(a, b, row, weight_row, HIDDEN, INTERMEDIATE, M, N, K)
+                c.store([row, column], whole.to(c.dtype))
+
+
+@triton.jit
+def _division(tiles, programs, column_tiles: tl.constexpr):
+    """How the down product is divided: tiles in ``turns`` of all programs, and ``rest`` tiles that fill no turn. Each of these
+    goes to ``sharers`` programs, which add up a part of F each, so that the last turn is the shorter the emptier it is."""
+    count = tl.sum(tiles, 0) * column_tiles
+    turns = count // programs
+    rest = count - turns * programs
+    return turns, rest, tl.minimum(programs // tl.maximum(rest, 1), 8)
+
+
+@triton.jit
+def _down_tile(
+    a, b, row, weight_row, first_step, last_step,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    result = tl.zeros([M, N], tl.float32)
+    for step in range(first_step, last_step):
+        result = tl.dot(a.load([row, step * K]), b.load([weight_row, step * K]).T, result)
+    return result
 
 
 @triton.jit
 def many_down(
-    inner, down, totals, results, rows,
+    inner, down, totals, results, extra, rows,
     HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, LOCAL: tl.constexpr, L_BLOCK: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, K: tl.constexpr, FLATTEN: tl.constexpr, OVERLAPPED: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, TAILS: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
-    """``inner [R, F]`` → ``results [R, H]``."""
-    if OVERLAPPED:  # before the descriptors: they lie in scratch memory that the launch before this one may still use
+    """``inner [R, F]`` → ``results [R, H]``, save the later parts of shared tiles, which are to be added: they are in
+    ``extra [programs, M, N]``, float32."""
+    if OVERLAPPED:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    HALF: tl.constexpr = M // 2
     a = tl.make_tensor_descriptor(inner, [rows, INTERMEDIATE], [INTERMEDIATE, 1], [M, K])
     b = tl.make_tensor_descriptor(down, [LOCAL * HIDDEN, INTERMEDIATE], [INTERMEDIATE, 1], [N, K])
     c = tl.make_tensor_descriptor(results, [rows, HIDDEN], [HIDDEN, 1], [M, N])
-    row_tiles = (tl.load(totals + tl.arange(0, L_BLOCK)) + M - 1) // M
+    if TAILS:
+        a_half = tl.make_tensor_descriptor(inner, [rows, INTERMEDIATE], [INTERMEDIATE, 1], [HALF, K])
+    tiles, halves = _row_tiles(totals, L_BLOCK, M)
     column_tiles: tl.constexpr = (HIDDEN + N - 1) // N
-    tiles = tl.sum(row_tiles, 0) * column_tiles
-    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
-        expert, row_tile, column_tile = _tile(index, row_tiles, column_tiles, L_BLOCK)
-        row = row_tile * M
+    steps: tl.constexpr = (INTERMEDIATE + K - 1) // K
+    programs = tl.num_programs(0)
+    program = tl.program_id(0)
+    turns, rest, sharers = _division(tiles, programs, column_tiles)
+    extra += program.to(tl.int64) * (M * N)
+    all_turns = turns + (program < rest * sharers).to(tl.int32)
+    for turn in range(all_turns):
+        index = turn * programs + (program + turn) % programs
+        part = 0
+        first_step = 0
+        last_step = steps
+        if turn == turns:
+            index = turn * programs + program % rest
+            part = program // rest
+            first_step = part * steps // sharers
+            last_step = (part + 1) * steps // sharers
+        expert, row_tile, column_tile = _tile(index, tiles, column_tiles)
+        row = (_before(tiles, expert) + row_tile) * M
         column = column_tile * N
-        result = tl.zeros([M, N], tl.float32)
-        for first in range(0, INTERMEDIATE, K):
-            result = tl.dot(a.load([row, first]), b.load([expert * HIDDEN + column, first]).T, result)
-        c.store([row, column], result.to(results.dtype.element_ty))
+        weight_row = expert * HIDDEN + column
+        if TAILS and 2 * row_tile + 1 == _at(halves, expert):
+            half = _down_tile(a_half, b, row, weight_row, first_step, last_step, HALF, N, K)
+            if part > 0:
+                _store_rows(extra, 0 * row, 0, half, N)
+            else:
+                _store_rows(results, row, column, half, HIDDEN)
+        else:
+            whole = _down_tile(a, b, row, weight_row, first_step, last_step, M, N, K)
+            if part > 0:
+                _store_rows(extra, 0 * row, 0, whole, N)
+            else:
+                c.store([row, column], whole.to(c.dtype))
+
+
+@triton.jit
+def many_combine(
+    results, extra, totals, places, weights, y, programs,
+    HIDDEN: tl.constexpr, L_BLOCK: tl.constexpr, TOP_K: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    H_BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
+):  # fmt: skip
+    """``y [T, H]``: the weighted sum of each token's results and what is to be added to them, in the order of its experts and
+    parts. ``places [T, K]``: rows of ``results``, -1 for another rank's; ``programs``: of the down product.
+
+    Program (t, i): ``H_BLOCK`` columns of token t."""
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_wait()
+    token = tl.program_id(0)
+    column = tl.program_id(1) * H_BLOCK + tl.arange(0, H_BLOCK)
+    there = column < HIDDEN
+    column_tiles: tl.constexpr = (HIDDEN + N - 1) // N
+    tiles = (tl.load(totals + tl.arange(0, L_BLOCK)) + M - 1) // M
+    turns, rest, sharers = _division(tiles, programs, column_tiles)
+    total = tl.zeros([H_BLOCK], tl.float32)
+    for i in tl.static_range(TOP_K):
+        row = tl.load(places + token * TOP_K + i)
+        if row >= 0:
+            result = tl.load(results + row.to(tl.int64) * HIDDEN + column, mask=there, other=0.0).to(tl.float32)
+            row_tile = row // M
+            expert = tl.sum((tl.cumsum(tiles, 0) <= row_tile).to(tl.int32), 0)
+            before = _before(tiles, expert)
+            shared = before * column_tiles + column // N * _at(tiles, expert) + row_tile - before - turns * programs
+            at = extra + (shared * M + row % M).to(tl.int64) * N + column % N
+            for part in range(1, sharers):
+                result += tl.load(at + part * rest.to(tl.int64) * (M * N), mask=there & (shared >= 0), other=0.0)
+            total += tl.load(weights + token * TOP_K + i) * result
+    tl.store(y + token.to(tl.int64) * HIDDEN + column, total.to(y.dtype.element_ty), mask=there)

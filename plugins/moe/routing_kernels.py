@@ -158,31 +158,3 @@ def place(
     moved = (row >= 0)[:, None] & (column < HIDDEN)[None, :]
     values = tl.load(x + token.to(tl.int64)[:, None] * HIDDEN + column[None, :], mask=moved)
     tl.store(sorted_x + row.to(tl.int64)[:, None] * HIDDEN + column[None, :], values, mask=moved)
-
-
-@triton.jit
-def combine(
-    results, rows, weights, y, tokens, parts, part_rows,
-    HIDDEN: tl.constexpr, TOP_K: tl.constexpr, H_BLOCK: tl.constexpr, PLACED: tl.constexpr, OVERLAPPED: tl.constexpr,
-):  # fmt: skip
-    """``y [T, H]``: the weighted sum of each token's results, in the order of its experts and parts.
-
-    ``results [parts, part_rows, H]``; a row is the one in ``rows [T, K]`` if ``PLACED``, else ``rows`` holds local experts and
-    the row is ``expert * T + token``. -1 is another rank's.
-    """
-    if OVERLAPPED:
-        tl.extra.cuda.gdc_wait()
-    token = tl.program_id(0)
-    column = tl.program_id(1) * H_BLOCK + tl.arange(0, H_BLOCK)
-    there = column < HIDDEN
-    total = tl.zeros([H_BLOCK], tl.float32)
-    for i in tl.static_range(TOP_K):
-        row = tl.load(rows + token * TOP_K + i)
-        weight = tl.load(weights + token * TOP_K + i)
-        here = row >= 0
-        if not PLACED:
-            row = row * tokens + token
-        for part in range(parts):
-            at = results + (part * part_rows + row).to(tl.int64) * HIDDEN + column
-            total += weight * tl.load(at, mask=there & here, other=0.0).to(tl.float32)
-    tl.store(y + token.to(tl.int64) * HIDDEN + column, total.to(y.dtype.element_ty), mask=there)

@@ -48,5 +48,8 @@ def tactics(op: str, attributes: Mapping[str, Any], dims: Dims, dtype: str, sm: 
         (("HIDDEN", hidden), ("BLOCK", block)),
         num_warps=min(16, max(4, block // 512)),
     )
-    tensors = (*(Input(i) for i in range(inputs)), *(Output(i) for i in range(len(names) - inputs)))
+    tensors: tuple[Input | Output, ...] = (
+        *(Input(i) for i in range(inputs)),
+        *(Output(i) for i in range(len(names) - inputs)),
+    )
     return (RowsTactic(kernel, tensors, attributes["epsilon"]),)

@@ -1,0 +1,69 @@
+"""Kernels compile ahead of time for every SM, on a machine without a GPU, and fit into it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from test_launch import ATTENTION, MOE, attention_dims, moe_dims, norm_dims
+
+from moecompiler.plugins.compile import compile_kernel
+from moecompiler.plugins.launch import Kernel, shared_memory
+from moecompiler.plugins.tactics import tactics
+
+SMS = (80, 89, 90, 100, 120)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Kernels are compiled here, not found from an earlier run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+def all_kernels(sm: int, dtype: str) -> dict[str, list[Kernel]]:
+    """Of a layer of Mixtral 8x7B, by function."""
+    nodes = (
+        ("MoE", MOE, moe_dims(-1)),
+        ("Attention", ATTENTION, attention_dims(-1, -1, 4096)),
+        ("RMSNorm", {"epsilon": 1e-5}, norm_dims(-1, -1)),
+        ("AddRMSNorm", {"epsilon": 1e-5}, (norm_dims(-1, -1)[0], *norm_dims(-1, -1))),
+    )
+    found: dict[str, list[Kernel]] = {}
+    for op, attributes, dims in nodes:
+        for tactic in tactics(op, attributes, dims, dtype, sm):
+            for kernel in tactic.kernels:
+                found.setdefault(kernel.function, []).append(kernel)
+    return found
+
+
+def assert_fits(kernel: Kernel, sm: int) -> None:
+    cubin = compile_kernel(kernel, sm)
+    assert cubin.image[:4] == b"\x7fELF"
+    assert cubin.name.encode() in cubin.image
+    assert cubin.shared <= shared_memory(sm), f"{kernel.function}: {cubin.shared} bytes of shared memory"
+
+
+@pytest.mark.parametrize("sm", SMS)
+def test_kernels_compile(sm: int) -> None:
+    """The largest of each kind on its first SM, and those that differ most on the others."""
+    kernels = all_kernels(sm, "bfloat16")
+    names = kernels if sm == 90 else ("few_up", "many_up", "many_down", "decode", "prefill")
+    for name in names:
+        assert_fits(kernels[name][-1], sm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", SMS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_all_kernels_compile(sm: int, dtype: str) -> None:
+    for kernels in all_kernels(sm, dtype).values():
+        for kernel in dict.fromkeys(kernels):
+            assert_fits(kernel, sm)
+
+
+def test_a_kernel_whose_arguments_do_not_fit_is_refused() -> None:
+    kernel = Kernel("moecompiler.plugins.rmsnorm.kernels", "rms_norm", (("x", "*fp16"),), (("HIDDEN", 64),))
+    with pytest.raises(ValueError, match="rms_norm takes"):
+        compile_kernel(kernel, 90)
