@@ -7,8 +7,8 @@ from onnx import AttributeProto, helper
 
 
 def adapt_attention(model: onnx.ModelProto) -> None:
-    """In place. The parser refuses ``softmax_precision``. Where there is no fused kernel (float32 with several tokens, one token with
-    fewer than four query heads) attention has to be allowed to fall apart into plain layers."""
+    """In place. The parser refuses ``softmax_precision``. Where there is no fused kernel (float32 with several tokens, one token
+    with fewer than four query heads) attention has to be allowed to fall apart into plain layers."""
     for node in model.graph.node:
         if node.domain in ("", "ai.onnx") and node.op_type == "Attention":
             kept = [each for each in node.attribute if each.name != "softmax_precision"]
