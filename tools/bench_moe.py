@@ -129,7 +129,7 @@ def measure(weights: Weights, tactic: MoETactic, tokens: int, ceilings: Ceilings
     """One row: several inputs in turn, so that what one run has read is no longer cached for the next."""
     layer, dims = weights.layer, weights.dims(tokens)
     inputs = [
-        torch.randn(tokens, layer.hidden, device="cuda").to(weights.dtype) for _ in range(8 if tokens < 256 else 2)
+        torch.randn(tokens, layer.hidden, device="cuda").to(weights.dtype) for _ in range(16 if tokens < 256 else 4)
     ]
     output = torch.full_like(inputs[0], float("nan"))
     prepared = prepare(tactic, dims)
@@ -158,6 +158,15 @@ def find_tactics(layer: Layer, dtype: str) -> tuple[MoETactic, ...]:
     return tuple(tactic for tactic in found if isinstance(tactic, MoETactic))
 
 
+def _different(found: Iterable[MoETactic], dims: Dims) -> list[MoETactic]:
+    """The tactics that do not do what one before does."""
+    plans = {
+        tuple(tactic.kernels[launch.kernel] for launch in tactic.launches(dims)): tactic
+        for tactic in reversed(tuple(found))
+    }
+    return list(reversed(plans.values()))
+
+
 def run(layers: Iterable[Layer], dtypes: Iterable[str], tokens: Iterable[int]) -> list[Row]:
     """Measures and prints every combination."""
     rows: list[Row] = []
@@ -175,7 +184,7 @@ def run(layers: Iterable[Layer], dtypes: Iterable[str], tokens: Iterable[int]) -
         for layer in layers:
             weights = Weights(layer, getattr(torch, dtype))
             for count in tokens:
-                for tactic in find_tactics(layer, dtype):
+                for tactic in _different(find_tactics(layer, dtype), weights.dims(count)):
                     rows.append(measure(weights, tactic, count, ceilings))
                     print(table_line(rows[-1]), flush=True)
             del weights

@@ -176,10 +176,10 @@ def prefill(
     N: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr, WINDOW: tl.constexpr,
     S_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
-    """``query [B, S, N * D]`` over a cache that holds the new tokens → ``output [B, S, N * D]``. Program (i, h, b): ``S_BLOCK``
+    """``query [B, S, N * D]`` over a cache that holds the new tokens → ``output [B, S, N * D]``. Program (h, i, b): ``S_BLOCK``
     tokens of a head, the last tokens first, since they see most. Positions may be any; ``cache_rows`` are B * KV * SLOTS."""
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(0)
+    block = tl.num_programs(1) - 1 - tl.program_id(1)
     batch = tl.program_id(2)
     token = block * S_BLOCK + tl.arange(0, S_BLOCK)
     column = tl.arange(0, D_BLOCK)

@@ -139,7 +139,7 @@ class AttentionTactic:
             tiles = -(-length // self.prefill.tokens)
             return (
                 Launch(_APPEND, (-(-length // _APPENDED_TOKENS), self.kv_heads, batch), append),
-                Launch(_PREFILL, (tiles, self.heads, batch), attend, self._overlapped),
+                Launch(_PREFILL, (self.heads, tiles, batch), attend, self._overlapped),
             )
         parts, arena = self._parts(batch, slots), Arena()
         rows = batch * self.heads * parts

@@ -79,7 +79,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Many:
-    """Tiles of ``rows`` for up to ``tokens`` tokens (0: any number); with ``tails`` an expert's last one may have half."""
+    """Tiles of ``rows`` for up to ``tokens`` tokens (0: any number); with ``tails`` an expert's last up tile may have half."""
 
     tokens: int = 0
     rows: int = 128
@@ -261,11 +261,11 @@ class MoETactic:
             "E_BLOCK": max(16, experts) if tokens > 1 else max(2, experts),
             "L_BLOCK": self._local_block,
             "K_BLOCK": power_of_two(sizes.top_k),
-            "H_BLOCK": 128 if tokens > 1 else max(64, min(power_of_two(sizes.hidden), 32768 // max(2, experts))),
+            "H_BLOCK": 256 if tokens > 1 else max(64, min(power_of_two(sizes.hidden), 32768 // max(2, experts))),
             "T_BLOCK": tokens,
         }
         types = "x:T router:T expert_ids:L chosen:I weights:F counts:I tokens:i32"
-        return self._kernel("routing_kernels", "route", types, constants, *((4, 3) if tokens > 1 else (16, 1)))
+        return self._kernel("routing_kernels", "route", types, constants, *((4, 4) if tokens > 1 else (16, 1)))
 
     def _one_kernels(self, one: One) -> dict[tuple[Any, ...], Kernel]:
         sizes = self.sizes
@@ -325,13 +325,13 @@ class MoETactic:
             "LOCAL": sizes.local,
             "L_BLOCK": self._local_block,
             "M": many.rows,
-            "TAILS": many.tails,
         }
         up, down = ({**tiles, "N": tile.outputs, "K": tile.columns} for tile in (many.up, many.down))
         combine = {name: down[name] for name in ("HIDDEN", "L_BLOCK", "M", "N")}
         combine |= {"TOP_K": sizes.top_k, "H_BLOCK": _COMBINED_COLUMNS}
         up_types = "sorted_x:T gate_up:T totals:I inner:T rows:i32"
         down_types = "inner:T down:T totals:I results:T extra:F rows:i32"
+        up["TAILS"] = many.tails
         combine_types = "results:T extra:F totals:I places:I weights:F y:T programs:i32"
         up_stages = self._tile_stages(many, many.up, 2)
         down_stages = self._tile_stages(many, many.down, 1)
@@ -369,7 +369,7 @@ def tactics(op: str, attributes: Mapping[str, Any], dims: Dims, dtype: str, sm: 
     few = (Few(16, stages=4), Few(32, stages=4), Few(64))
     up = Tile(128)
     # as long as tokens do not fill an expert's tile, narrow tiles; while half a tile more or less matters, tails
-    fills = (max(1, rows * experts // sizes.top_k) for rows in (40, 240))
+    fills = (max(1, rows * experts // sizes.top_k) for rows in (40, 320))
     many = (
         Many(next(fills), 64, Tile(64, 128, 3, 4), Tile(128, 128, 4, 4)),
         Many(next(fills), 128, up, Tile(256), tails=True),

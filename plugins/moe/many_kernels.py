@@ -2,7 +2,7 @@
 
 Shapes: R rows of the sorted buffer, H hidden, F intermediate, L local experts, K experts per token. An expert's rows begin at a
 multiple of M; rows between one expert's last and the next one's first hold garbage, which stays in those rows. With ``TAILS``
-an expert's last tile has M / 2 rows where these are enough.
+an expert's last tile of the up product has M / 2 rows where these are enough.
 
 Tiles are numbered by expert, then by columns, then by rows, so tiles that share weights run at the same time.
 """
@@ -113,34 +113,20 @@ def _division(tiles, programs, column_tiles: tl.constexpr):
 
 
 @triton.jit
-def _down_tile(
-    a, b, row, weight_row, first_step, last_step,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-):  # fmt: skip
-    result = tl.zeros([M, N], tl.float32)
-    for step in range(first_step, last_step):
-        result = tl.dot(a.load([row, step * K]), b.load([weight_row, step * K]).T, result)
-    return result
-
-
-@triton.jit
 def many_down(
     inner, down, totals, results, extra, rows,
     HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, LOCAL: tl.constexpr, L_BLOCK: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, K: tl.constexpr, TAILS: tl.constexpr, OVERLAPPED: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """``inner [R, F]`` → ``results [R, H]``, save the later parts of shared tiles, which are to be added: they are in
     ``extra [programs, M, N]``, float32."""
     if OVERLAPPED:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    HALF: tl.constexpr = M // 2
     a = tl.make_tensor_descriptor(inner, [rows, INTERMEDIATE], [INTERMEDIATE, 1], [M, K])
     b = tl.make_tensor_descriptor(down, [LOCAL * HIDDEN, INTERMEDIATE], [INTERMEDIATE, 1], [N, K])
     c = tl.make_tensor_descriptor(results, [rows, HIDDEN], [HIDDEN, 1], [M, N])
-    if TAILS:
-        a_half = tl.make_tensor_descriptor(inner, [rows, INTERMEDIATE], [INTERMEDIATE, 1], [HALF, K])
-    tiles, halves = _row_tiles(totals, L_BLOCK, M)
+    tiles, _ = _row_tiles(totals, L_BLOCK, M)
     column_tiles: tl.constexpr = (HIDDEN + N - 1) // N
     steps: tl.constexpr = (INTERMEDIATE + K - 1) // K
     programs = tl.num_programs(0)
@@ -162,18 +148,13 @@ def many_down(
         row = (_before(tiles, expert) + row_tile) * M
         column = column_tile * N
         weight_row = expert * HIDDEN + column
-        if TAILS and 2 * row_tile + 1 == _at(halves, expert):
-            half = _down_tile(a_half, b, row, weight_row, first_step, last_step, HALF, N, K)
-            if part > 0:
-                _store_rows(extra, 0 * row, 0, half, N)
-            else:
-                _store_rows(results, row, column, half, HIDDEN)
+        result = tl.zeros([M, N], tl.float32)
+        for step in range(first_step, last_step):
+            result = tl.dot(a.load([row, step * K]), b.load([weight_row, step * K]).T, result)
+        if part > 0:
+            _store_rows(extra, 0 * row, 0, result, N)
         else:
-            whole = _down_tile(a, b, row, weight_row, first_step, last_step, M, N, K)
-            if part > 0:
-                _store_rows(extra, 0 * row, 0, whole, N)
-            else:
-                c.store([row, column], whole.to(c.dtype))
+            c.store([row, column], result.to(c.dtype))
 
 
 @triton.jit
@@ -192,7 +173,7 @@ def many_combine(
     column = tl.program_id(1) * H_BLOCK + tl.arange(0, H_BLOCK)
     there = column < HIDDEN
     column_tiles: tl.constexpr = (HIDDEN + N - 1) // N
-    tiles = (tl.load(totals + tl.arange(0, L_BLOCK)) + M - 1) // M
+    tiles, _ = _row_tiles(totals, L_BLOCK, M)
     turns, rest, sharers = _division(tiles, programs, column_tiles)
     total = tl.zeros([H_BLOCK], tl.float32)
     for i in tl.static_range(TOP_K):
