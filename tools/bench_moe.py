@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from moecompiler.plugins.launch import Dims
+from moecompiler.plugins.launch import Dims, Kernel
 from moecompiler.plugins.moe.launch import MoETactic
 from moecompiler.plugins.tactics import tactics
 from moecompiler.tools.kernel_machine import machine
@@ -160,11 +160,10 @@ def find_tactics(layer: Layer, dtype: str) -> tuple[MoETactic, ...]:
 
 def _different(found: Iterable[MoETactic], dims: Dims) -> list[MoETactic]:
     """The tactics that do not do what one before does."""
-    plans = {
-        tuple(tactic.kernels[launch.kernel] for launch in tactic.launches(dims)): tactic
-        for tactic in reversed(tuple(found))
-    }
-    return list(reversed(plans.values()))
+    plans: dict[tuple[Kernel, ...], MoETactic] = {}
+    for tactic in found:
+        plans.setdefault(tuple(tactic.kernels[launch.kernel] for launch in tactic.launches(dims)), tactic)
+    return list(plans.values())
 
 
 def run(layers: Iterable[Layer], dtypes: Iterable[str], tokens: Iterable[int]) -> list[Row]:
