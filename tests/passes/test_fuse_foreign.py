@@ -156,6 +156,11 @@ def _first_input_gone(op: str) -> Change:
     return change
 
 
+def _gate_and_up_swapped(nodes: list[gs.Node]) -> None:
+    split = _first(nodes, "Sigmoid").inputs[0].inputs[0]
+    split.outputs = list(reversed(split.outputs))
+
+
 def _heads_as_a_whole(nodes: list[gs.Node]) -> None:
     """Heads repeated 0 1 0 1 instead of 0 0 1 1."""
     node = _first(nodes, "Expand")
@@ -198,6 +203,7 @@ NEAR_MISSES = {
         _constant("Clip", 2, EXPERTS - 2),
         "Clip_.* changes numbers of the 4 experts",
     ),
+    "gate and up swapped": (MIXTRAL, EXPERTS_0, _gate_and_up_swapped, "is not output 0 of Split"),
     "up through the sigmoid": (MIXTRAL, EXPERTS_0, _as_op("Sigmoid", "Tanh"), "Tanh where Sigmoid was expected"),
     "an expert's weights of another axis": (
         EAGER,
@@ -206,6 +212,7 @@ NEAR_MISSES = {
         "OneHot.*axis is 1, not -1",
     ),
     "added over what is there": (EAGER, EXPERTS_0, _attribute("ScatterElements", "axis", 1), "axis is 1, not 0"),
+    "gate from the second half": (EAGER, EXPERTS_0, _constant("Slice", 1, [96]), r"gate is \[96:"),
     "one expert unlike the others": (EAGER, EXPERTS_0, _as_op("Sigmoid", "Tanh"), "3 steps before.*Tanh where Sigmoid"),
     "choices and tokens mixed up": (
         EAGER,
