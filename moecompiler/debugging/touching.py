@@ -13,6 +13,8 @@ from moecompiler.graph import Program
 from moecompiler.pipeline import Change, Pass, PassResult, Rewrite, apply
 from moecompiler.weights import Recipe
 
+_MOST_WATCHED = 1500  # nodes, each of which is looked at after every rewrite: three layers of a large model
+
 IsMine = Callable[[str], bool]  # whether the node of that name is one of those looked at
 
 
@@ -33,9 +35,17 @@ def touches(
     """Runs a pass and tells its rewrites that touch nodes looked at; ``first`` is the number of its first rewrite.
 
     It runs twice where those nodes are not the same afterwards: which nodes stay is known after the first time, and a node
-    is gone once nothing that stays depends on it.
+    is gone once nothing that stays depends on it. Of very many nodes only those are told at which a rewrite is.
     """
     after, result = apply(step, program, first=first)
+    if sum(is_mine(node.name) for node in program.model.graph.node) > _MOST_WATCHED:
+        left = {node.name for node in after.model.graph.node}
+        changes = [change for change in result.changes if is_mine(change.node)]
+        return (
+            after,
+            result,
+            tuple(Touch(each, (each.node,) if each.node not in left else (), (), ()) for each in changes),
+        )
     old, new = (_contents(each, is_mine) for each in (program, after))
     if old == new and not any(is_mine(change.node) for change in result.changes):
         return after, result, ()
@@ -78,9 +88,10 @@ class _Watched:
         count = len(graph.nodes)
         what = rewrite.apply()
         removed, changed = [], []
+        outputs = {id(tensor) for tensor in graph.outputs}
         for node, was in list(self._mine.values()):
             now = _signature(node)
-            if not self._is_alive(node, graph):
+            if not self._is_alive(node, outputs):
                 removed.append(node.name)
                 del self._mine[id(node)]
             elif now != was:
@@ -98,10 +109,9 @@ class _Watched:
         self._mine |= {id(node): (node, _signature(node)) for node in new if self._is_mine(node.name)}
         return tuple((node.name, node.op) for node in new)
 
-    def _is_alive(self, node: gs.Node, graph: gs.Graph) -> bool:
-        """Whether something that stays, or an output of the graph, depends on it. What comes after a node that goes is soon one
+    def _is_alive(self, node: gs.Node, outputs: Collection[int]) -> bool:
+        """Whether something that stays, or one of the graph's ``outputs`` (ids), depends on it. What comes after a node that goes is soon one
         that stays, so this looks at few."""
-        outputs = {id(tensor) for tensor in graph.outputs}
         waiting, seen = [node], {id(node)}
         while waiting:
             current = waiting.pop()
