@@ -39,7 +39,7 @@ def record(step: Pass, before: Program, after: Program, first: int) -> Iterator[
     for number, rewrite in enumerate(step.rewrites(graph, weights), first):
         change = Change(rewrite.apply(), rewrite.node, rewrite.module, number)
         yield Recorded(change, *fragments(watched.advance(), watched, types))
-    besides = watched.advance()
+    besides = watched.advance(whole=True)
     if not besides.empty:
         name = next(held.name for held in besides.nodes)
         change = Change("changed without a rewrite", name, module_of(name), 0)

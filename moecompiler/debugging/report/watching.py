@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from moecompiler.debugging.report.fragment import Held
+from moecompiler.debugging.report.touched import Touched
 from moecompiler.weights import Recipe
 
 
@@ -37,8 +38,8 @@ class Changed:
 class Watched:
     """A graph, and what it was when it was last looked at.
 
-    Each look costs about a microsecond for every node. Lists of inputs and outputs and attributes' values are compared as
-    objects; values of constants that were changed in place are only looked for where nothing else was.
+    Lists of inputs and outputs and attributes' values are compared as objects. Only nodes that were touched are looked at, and
+    those next to them; where none differs all are, and where still none does, values that were changed in place.
     """
 
     def __init__(self, graph: gs.Graph, weights: dict[str, Recipe]):
@@ -46,7 +47,9 @@ class Watched:
         self._weights = weights
         self._held = {id(node): Held.of(node) for node in graph.nodes}
         self._seen = {id(node): _mark(node) for node in graph.nodes}
-        self._places = dict(zip(self._seen, range(len(self._seen)), strict=True))
+        self._order = list(map(id, graph.nodes))
+        self._places = dict(zip(self._order, range(len(self._order)), strict=True))
+        self._touched = Touched(graph.nodes)
         self._recipes = dict(weights)
         self._values = {id(t): (t, t._values) for t in _constants(graph.nodes)}
         # what an If or a Loop reads from outside is no less needed than an output
@@ -59,25 +62,24 @@ class Watched:
         """Whether it is in the graph and an output depends on it."""
         return id(node) in self._held and id(node) not in self._dead
 
-    def advance(self) -> Changed:
-        """What changed since the last look."""
-        place_before, seen = self._places, self._seen
-        marks = self._seen = {id(node): _mark(node) for node in self.graph.nodes}
-        places = self._places = dict(zip(marks, range(len(marks)), strict=True))
-        fresh = [node for node in self.graph.nodes if id(node) not in self._held]
-        unlike = [node for node in self.graph.nodes if marks[id(node)] != seen.get(id(node))]
-        differing = [node for node in unlike if self.is_alive(node)]
+    def advance(self, whole: bool = False) -> Changed:
+        """What changed since the last look; ``whole``: every node is looked at, touched or not."""
+        place_before = self._places
+        fresh, gone = self._come_and_gone()
+        places = self._places
+        differing = self._unlike(self.graph.nodes if whole else self._touched.take())
+        if not whole and not fresh and not differing:
+            differing = self._unlike(self.graph.nodes)
         in_place = not fresh and not differing
         if in_place:
             differing = self._readers_of_new_values()
         self._recipes = dict(self._weights)
         before = [(self._held[id(node)], node) for node in differing]
-        gone = [held for key, held in self._held.items() if key not in places]
         for held in gone:
             del self._held[id(held.node)]
         removed = [held for held in gone if id(held.node) not in self._dead]
         self._dead -= {id(held.node) for held in gone}
-        self._held |= {id(node): Held.of(node) for node in (*fresh, *differing)}
+        self._look_at([*fresh, *differing])
         revived = self._revive([*fresh, *differing])
         orphans = [producer for held in (*removed, *(old for old, _ in before)) for producer in _producers(held)]
         died = self._bury([*fresh, *differing, *orphans])
@@ -92,6 +94,26 @@ class Watched:
             place_before,
             places,
         )
+
+    def _come_and_gone(self) -> tuple[list[gs.Node], list[Held]]:
+        """Nodes that were put into the graph's list, and those that were taken out."""
+        order = list(map(id, self.graph.nodes))
+        if order == self._order:
+            return [], []
+        self._order = order
+        self._places = dict(zip(order, range(len(order)), strict=True))
+        fresh = [node for node in self.graph.nodes if id(node) not in self._held]
+        return fresh, [held for key, held in self._held.items() if key not in self._places]
+
+    def _unlike(self, nodes: Iterable[gs.Node]) -> list[gs.Node]:
+        """Those that are not what they were, in the graph's order."""
+        found = [node for node in nodes if self.is_alive(node) and _mark(node) != self._seen.get(id(node))]
+        return sorted((node for node in found if id(node) in self._places), key=lambda node: self._places[id(node)])
+
+    def _look_at(self, nodes: Sequence[gs.Node]) -> None:
+        self._held |= {id(node): Held.of(node) for node in nodes}
+        self._seen |= {id(node): _mark(node) for node in nodes}
+        self._touched.watch(nodes)
 
     def _readers_of_new_values(self) -> list[gs.Node]:
         """Nodes that read a constant, or a weight, whose values are others now."""
@@ -109,7 +131,7 @@ class Watched:
             node = waiting.pop()
             if id(node) in self._dead:
                 self._dead.discard(id(node))
-                self._held[id(node)] = Held.of(node)
+                self._look_at([node])
                 revived.append(node)
                 waiting += _producers(self._held[id(node)])
         return revived
