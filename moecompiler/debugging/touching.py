@@ -110,8 +110,8 @@ class _Watched:
         return tuple((node.name, node.op) for node in new)
 
     def _is_alive(self, node: gs.Node, outputs: Collection[int]) -> bool:
-        """Whether something that stays, or one of the graph's ``outputs`` (ids), depends on it. What comes after a node that goes is soon one
-        that stays, so this looks at few."""
+        """Whether something that stays, or one of the graph's ``outputs`` (ids), depends on it. What comes after a node that goes
+        is soon one that stays, so this looks at few."""
         waiting, seen = [node], {id(node)}
         while waiting:
             current = waiting.pop()

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
-from cli import ONE_RANK, TINY_MIXTRAL, Here, contents
+from cli import ONE_RANK, TINY_MIXTRAL, Here, contents, logits
 
 from moecompiler.tools import instruments
 
@@ -24,20 +23,6 @@ PLUGINS = ("--pipeline", "plugins")
 def optimized(engines: Engines, tmp_path: Path) -> tuple[object, ...]:
     """The words of a command that optimizes the shipped model on one rank into ``tmp_path / "out"``."""
     return "optimize", "--checkpoint_dir", engines("one") / "export", "--output_dir", tmp_path / "out"
-
-
-def logits(path: Path) -> np.ndarray:
-    """What a file says, as it is, of two prompts of unequal length; its caches are empty."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(path, options)
-    ids = np.random.default_rng(0).integers(0, 1000, (2, 5))
-    given = {"input_ids": ids, "position_ids": np.tile(np.arange(5), (2, 1)), "last_token_ids": np.array([4, 2])}
-    caches = {
-        each.name: np.zeros((2, *each.shape[1:]), np.float32) for each in session.get_inputs() if each.name not in given
-    }
-    (result,) = session.run(["logits"], given | caches)
-    return np.asarray(result)
 
 
 def test_dumped_graphs_run_as_they_are(optimized: tuple[object, ...], here: Here, tmp_path: Path) -> None:
