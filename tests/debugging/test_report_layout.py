@@ -73,6 +73,14 @@ def test_a_chain_is_straight() -> None:
     assert [x for x, _ in placed.centres] == pytest.approx([60.0] * 3)
 
 
+def test_a_long_edge_is_one_line_beside_the_others() -> None:
+    chain = [(box, box + 1) for box in range(6)]
+    placed = layered([(40.0 + 30 * (box % 3), 20.0) for box in range(7)], [*chain, (0, 6)])
+    inner = placed.routes[-1][2:-2]
+    assert len(inner) == 10
+    assert len({x for x, _ in inner}) == 1
+
+
 def test_a_cycle_is_refused() -> None:
     with pytest.raises(nx.NetworkXUnfeasible):
         layered([(10.0, 10.0)] * 2, [(0, 1), (1, 0)])

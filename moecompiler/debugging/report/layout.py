@@ -17,7 +17,7 @@ GAP = 18.0  # between neighbours in a layer
 LAYER_GAP = 24.0
 PORT_GAP = 14.0  # between the ends of edges that lead to one box
 _ORDERING_SWEEPS = 12
-_PLACING_SWEEPS = 30
+_PLACING_SWEEPS = 60
 # how much a bend costs between a box and a box, a box and a point, two points: what is long should be straight
 _STIFFNESS = (1.0, 2.0, 8.0)
 
@@ -57,6 +57,7 @@ def layered(sizes: Sequence[Point], edges: Sequence[Edge]) -> Placed:
     rows = _with_few_crossings(rows, segments)
     widths = [width for width, _ in sizes] + [0.0] * (count - len(sizes))
     x = _columns(rows, segments, widths, len(sizes))
+    _straighten([chain[1:-1] for chain in chains], rows, x, widths)
     heights = [max((sizes[name][1] for name in row if name < len(sizes)), default=0.0) for row in rows]
     bands, y = [], 0.0
     for height in heights:
@@ -175,6 +176,26 @@ def _apart(wanted: Sequence[float], weights: Sequence[float], gaps: Sequence[flo
         pools.append((mean, total, count))
     flat = [mean for mean, _, count in pools for _ in range(count)]
     return [place + offset for place, offset in zip(flat, offsets, strict=False)]
+
+
+def _straighten(
+    long: Sequence[Sequence[int]], rows: Sequence[Sequence[int]], x: list[float], widths: Sequence[float]
+) -> None:
+    """Puts an edge's points in one line wherever their neighbours leave one free, the longest edges first: least squares spread
+    a step aside over all of an edge."""
+    beside = {}
+    for row in rows:
+        for index, name in enumerate(row):
+            beside[name] = (row[index - 1] if index else None, row[index + 1] if index + 1 < len(row) else None)
+    for points in sorted(long, key=len, reverse=True):
+        low, high = 0.0, float("inf")
+        for left, right in (beside[point] for point in points):
+            low = low if left is None else max(low, x[left] + widths[left] / 2 + GAP)
+            high = high if right is None else min(high, x[right] - widths[right] / 2 - GAP)
+        if points and low <= high:
+            middle = sum(x[point] for point in points) / len(points)
+            for point in points:
+                x[point] = min(max(middle, low), high)
 
 
 def _ports(chains: Sequence[Sequence[int]], x: Sequence[float], sizes: Sequence[Point]) -> list[float]:
