@@ -5,10 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+from onnx import TensorProto
+
 from moecompiler.debugging.diff import Edit, GraphDiff
 
 _LAYER = re.compile(r"(?P<before>(?:[^.\d][^.]*\.)*)(?P<number>\d+)(?P<after>(?:\..*)?)")
 _NAME = re.compile(r"[A-Za-z_][\w./-]*")
+_COMPONENT = re.compile(r"(?<=\.)\d+(?=[./]|$)")  # of a module's name: the first is a layer's number
+_TYPES = frozenset(name.lower() for name, _ in TensorProto.DataType.items())
+_COUNTED = re.compile(r"(?<![.<+\d-])\d+")  # what exporters add to tell names apart
 
 
 def diff_text(diff: GraphDiff) -> str:
@@ -33,15 +38,10 @@ def _grouped(diff: GraphDiff) -> Iterator[tuple[str, Sequence[Edit]]]:
     groups: dict[object, list[str]] = {}
     for module, edits in diff.modules.items():
         layer = _LAYER.fullmatch(module)
-        key = (layer["before"], layer["after"], _canonical(edits, _own(layer))) if layer else module
+        key = (layer["before"], layer["after"], _canonical(edits, layer)) if layer else module
         groups.setdefault(key, []).append(module)
     for modules in groups.values():
         yield _joined(modules), diff.modules[modules[0]]
-
-
-def _own(layer: re.Match[str]) -> str:
-    """How names of a layer's own tensors begin: those of the one layer that was exported begin with nothing."""
-    return f"{layer['before']}{layer['number']}/"
 
 
 def _joined(modules: Sequence[str]) -> str:
@@ -63,19 +63,24 @@ def ranges(numbers: Sequence[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}..{last}" for first, last in runs)
 
 
-def _canonical(edits: Sequence[Edit], own: str = "") -> tuple[tuple[str | None, str | None], ...]:
-    """The edits with each number in a name replaced by when that name first comes, and the prefix ``own`` left off: the same for
-    two layers of which one can be renumbered to be the other."""
+def _canonical(edits: Sequence[Edit], layer: re.Match[str] | None) -> tuple[tuple[str | None, str | None], ...]:
+    """The edits as they read in every layer: a layer's number as its distance from ``layer``, other numbers at the end of names
+    by when the name first comes, and the layer's own name left off where it begins the names of tensors (those of the one layer
+    that was exported begin with nothing). Numbers that tell experts apart stay."""
+    own = f"{layer['before']}{layer['number']}/" if layer else ""
+    here = int(layer["number"]) if layer else 0
     seen: dict[str, dict[str, int]] = {}
 
-    def renumbered(found: re.Match[str]) -> str:
-        name = found[0]
-        kind = re.sub(r"\d+", "#", name.removeprefix(own))
+    def renamed(found: re.Match[str]) -> str:
+        if found[0] in _TYPES or found.string[found.end() :][:1] in ("(", "<"):  # a type, or an op
+            return found[0]
+        name = found[0].removeprefix(own)
+        kind = _COUNTED.sub("#", _COMPONENT.sub(lambda number: f"<{int(number[0]) - here:+}>", name, count=1))
         known = seen.setdefault(kind, {})
-        return f"{kind}:{known.setdefault(name, len(known))}"
+        return f"{kind}:{known.setdefault(found[0], len(known))}"
 
     def line(text: str | None) -> str | None:
-        return None if text is None else _NAME.sub(renumbered, text)
+        return None if text is None else _NAME.sub(renamed, text)
 
     return tuple((line(each.before), line(each.after)) for each in edits)
 
@@ -90,10 +95,11 @@ def _lines(edits: Sequence[Edit]) -> list[str]:
 
 
 def _alike_edits(edits: Sequence[Edit]) -> list[list[str]]:
-    """The edits' lines; of those that differ in numbers of names alone, the first and how many there are."""
+    """The edits' lines; of those that are the same in several layers, the first and how many there are."""
     groups: dict[object, list[Edit]] = {}
     for each in edits:
-        groups.setdefault(_canonical((each,)), []).append(each)
+        layer = _LAYER.match((each.before or each.after or "").partition(" ")[0])
+        groups.setdefault(_canonical((each,), layer), []).append(each)
     result = []
     for alike in groups.values():
         lines = _lines(alike[:1])

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -74,8 +75,8 @@ class Held:
         """Its type, and if that is the other's too, a mark of what tells them apart."""
         if self.type != other.type:
             return self.type
-        if self.recipe is not None:
-            return f"{self.type} of {_pieces(self.recipe)}"
+        if self.recipe is not None and other.recipe is not None:
+            return f"{self.type} of {_pieces(self.recipe, other.recipe)}"
         data = self._bytes()
         return f"{self.type} of data {digest(data.tobytes())}" if data is not None else self.type
 
@@ -117,14 +118,17 @@ def digest(data: bytes) -> str:
     return f"sha256 {hashlib.sha256(data).hexdigest()[:12]}"
 
 
-def _pieces(recipe: Recipe) -> str:
-    """What a recipe is made of, the first piece in full."""
+def _pieces(recipe: Recipe, other: Recipe) -> str:
+    """What a recipe is made of: of several pieces the first that is not the other's."""
     if recipe.values is not None:
         return f"values {list(recipe.values)}"
-    if not recipe.pieces:
-        return "zeros"
-    first = recipe.pieces[0]
-    box = ", ".join(f"{start}:{start + size}" for start, size in zip(first.start, first.shape, strict=True))
-    turned = f" transposed {list(first.perm)}" if list(first.perm) != sorted(first.perm) else ""
-    more = f" and {len(recipe.pieces) - 1} more, {digest(repr(recipe).encode())}" if len(recipe.pieces) > 1 else ""
-    return f"{first.source}[{box}]{turned}{more}"
+    pairs = zip_longest(recipe.pieces, other.pieces)
+    at = next((index for index, (mine, theirs) in enumerate(pairs) if mine != theirs), 0)
+    many = f"{len(recipe.pieces)} pieces" if len(recipe.pieces) != 1 else ""
+    if at >= len(recipe.pieces):
+        return many
+    piece = recipe.pieces[at]
+    box = ", ".join(f"{start}:{start + size}" for start, size in zip(piece.start, piece.shape, strict=True))
+    turned = f" transposed {list(piece.perm)}" if list(piece.perm) != sorted(piece.perm) else ""
+    placed = f" put at {list(piece.at)}" if any(piece.at) else ""
+    return f"{many}{f', number {at + 1}: ' if many else ''}{piece.source}[{box}]{turned}{placed}"

@@ -11,11 +11,11 @@ import pytest
 from graphs import HEADER, program, whole
 from onnx import numpy_helper
 
-from moecompiler.debugging.diff import GraphDiff, diff, merged
+from moecompiler.debugging.diff import Edit, GraphDiff, diff, merged
 from moecompiler.debugging.diff_text import diff_text, ranges
 from moecompiler.debugging.held import Side
 from moecompiler.graph import Program
-from moecompiler.weights import Recipe
+from moecompiler.weights import Recipe, joined
 
 NOWHERE = Path("nowhere")
 
@@ -113,6 +113,50 @@ def test_a_number_that_is_no_name_s_keeps_layers_apart() -> None:
     ]
 
 
+READS = '["model.layers.{0}.a/Add_{1}"] {2} = Add ({3}, %s)'
+
+
+@pytest.mark.parametrize(
+    ("odd", "alike"),
+    [
+        ("model.layers.{0}.w", True),
+        ("model.layers.0.w", False),  # another layer's weight
+        ("model.layers.{0}.experts.4.w", True),
+        ("model.layers.{0}.experts.5.w", False),
+        ("val_{1}", True),
+    ],
+)
+def test_what_tells_layers_apart(odd: str, alike: bool) -> None:
+    """Layer 2 of 1 to 3 reads what the others read, but for the layer's own number, or something else."""
+    usual = odd.replace("5", "4") if "experts" in odd else "val_{1}" if "val" in odd else "model.layers.{0}.w"
+    before = layers(*[READS % "w"] * 5)
+    after = layers(*[READS % f'"{name}"' for name in (usual, usual, odd, usual, usual)])
+    names = {f"model.layers.{i}.{rest}" for i in range(5) for rest in ("w", "experts.4.w", "experts.5.w")}
+    names |= {f"val_{10 * i + 3}" for i in range(5)}
+    inputs = "".join(f', float[2] "{name}"' for name in sorted(names))
+    text = diff_text(changes(*(each.replace("float[2] w)", f"float[2] w{inputs})") for each in (before, after))))
+    heads = [line.split(":")[0] for line in text.splitlines() if line.startswith("model.layers.")]
+    assert ("model.layers.1..3.a" in heads) == alike, heads
+    assert ("model.layers.2.a" in heads) != alike
+
+
+@pytest.mark.parametrize(
+    ("usual", "odd"),
+    [
+        ("Abs_1: y1 int64[2] = Abs(x1)", "Abs_1: y1 int32[2] = Abs(x1)"),
+        ("Abs_1: y1 int64[2] = own::OpV2(x1)", "Abs_1: y1 int64[2] = own::OpV3(x1)"),
+        ("Add_1: y1 int64[2] = Add(x1, x1)", "Add_1: y1 int64[2] = Add(x1, x2)"),
+        ("Add_1: y1 int64[2] = Add(x1, 2)", "Add_1: y1 int64[2] = Add(x1, 3)"),
+    ],
+)
+def test_what_no_name_hides(usual: str, odd: str) -> None:
+    modules = {
+        f"model.layers.{i}.a": (Edit(None, text),) for i, text in enumerate((usual, odd, usual.replace("1", "11")))
+    }
+    heads = [line for line in diff_text(GraphDiff(modules, {})).splitlines() if line.startswith("model")]
+    assert heads == ["model.layers.0,2.a: 1 added", "model.layers.1.a: 1 added"]
+
+
 def test_ranges() -> None:
     assert ranges([5, 0, 1, 2, 3, 7]) == "0..3,5,7"
 
@@ -143,6 +187,10 @@ def test_weights_by_recipe() -> None:
         "weights: 1 changed\n  - w float[8, 4] of ckpt.w[0:8, 0:4]\n  + w float[8, 4] of ckpt.v[0:8, 0:4]\n"
         in diff_text(found)
     )
+    halves = [joined([whole(f"ckpt.{name}", 4, 4) for name in names], axis=0) for names in ("ab", "ac")]
+    text = diff_text(changes(*(weighted(w=each) for each in halves)))
+    assert "  - w float[8, 4] of 2 pieces, number 2: ckpt.b[0:4, 0:4] put at [4, 0]\n" in text
+    assert "  + w float[8, 4] of 2 pieces, number 2: ckpt.c[0:4, 0:4] put at [4, 0]\n" in text
     turned = whole("ckpt.w", 4, 8)
     found = changes(program(PRODUCT % "w", {"w": turned}), program(PRODUCT % "t", {"t": turned.transposed((1, 0))}))
     assert "  + t float[8, 4] = w transposed [1, 0]\n" in diff_text(found)
