@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 from moecompiler.graph import DOMAIN, module_of, node_name
 from moecompiler.ops import OpSpec
 from moecompiler.passes.pattern import producer_of
+from moecompiler.passes.rewiring import position_of
 from moecompiler.pipeline import Rewrite
 from moecompiler.plugins.rmsnorm.op import ADD_RMS_NORM
 from moecompiler.weights import Recipe
@@ -45,7 +46,7 @@ def _fuse(graph: gs.Graph, norm: gs.Node) -> str:
     (add,) = norm.inputs[0].inputs
     (x,), (y,), weight = add.outputs, norm.outputs, norm.inputs[1]
     residual, branch = add.inputs
-    at = graph.nodes.index(add)
+    at = position_of(add, graph)
     for node in (add, norm):
         node.outputs.clear()
     name = node_name(module_of(norm.name), f"AddRMSNorm_{norm.name.rpartition('_')[2]}")

@@ -32,6 +32,7 @@ from moecompiler.passes.pattern import (
     small_constant,
 )
 from moecompiler.passes.pattern_pass import PatternPass
+from moecompiler.passes.rewiring import position_of
 from moecompiler.plugins.attention.op import ATTENTION
 from moecompiler.weights import Recipe
 
@@ -119,7 +120,7 @@ class FuseAttention(PatternPass):
         inputs = [found.tensors[name] for name in names]
         inputs += [mask.tensors["position_ids"], found.tensors["past_key"], found.tensors["past_value"]]
         name = node_name(module_of(last.name), f"Attention_{last.name.rpartition('_')[2]}")
-        graph.nodes.insert(graph.nodes.index(last), ATTENTION.node(name, inputs, outputs, attributes))
+        graph.nodes.insert(position_of(last, graph), ATTENTION.node(name, inputs, outputs, attributes))
         return f"fused {len(found.nodes)} nodes into Attention"
 
 

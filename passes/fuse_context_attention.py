@@ -24,6 +24,7 @@ from moecompiler.passes.attention_patterns import (
 from moecompiler.passes.dtypes import written_like
 from moecompiler.passes.pattern import VIEWS, Const, Match, OneOf, Op, Pattern, Through, Var, escaping
 from moecompiler.passes.pattern_pass import PatternPass
+from moecompiler.passes.rewiring import position_of
 from moecompiler.plugins.attention.op import CONTEXT_ATTENTION
 from moecompiler.weights import Recipe
 
@@ -114,7 +115,7 @@ class FuseContextAttention(PatternPass):
         ]
         # in float16, torch's tracing exporter goes on in float32 behind sdpa
         written = written_like(output, projections[0], graph, name)
-        graph.nodes.insert(graph.nodes.index(last), CONTEXT_ATTENTION.node(name, inputs, [written], attributes))
+        graph.nodes.insert(position_of(last, graph), CONTEXT_ATTENTION.node(name, inputs, [written], attributes))
         return f"fused {len(found.nodes)} nodes into ContextAttention"
 
 

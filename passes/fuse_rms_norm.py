@@ -12,6 +12,7 @@ from moecompiler.ops import OpSpec
 from moecompiler.passes.dtypes import cast_like, onnx_dtype, written_like
 from moecompiler.passes.pattern import Const, Match, OneOf, Op, Through, Var, escaping, producer_of, small_constant
 from moecompiler.passes.pattern_pass import PatternPass
+from moecompiler.passes.rewiring import position_of
 from moecompiler.plugins.rmsnorm.op import RMS_NORM
 from moecompiler.weights import Recipe
 
@@ -72,7 +73,7 @@ class FuseRMSNorm(PatternPass):
             weight = cast_like(weight, x, graph, node_name(module_of(name), f"Cast_weight_{name.rpartition('_')[2]}"))
         written = written_like(y, x, graph, name)
         node = RMS_NORM.node(name, [x, weight], [written], {"epsilon": found.scalar("epsilon")})
-        graph.nodes.insert(graph.nodes.index(last), node)
+        graph.nodes.insert(position_of(last, graph), node)
         return f"fused {len(found.nodes)} nodes into RMSNorm"
 
 

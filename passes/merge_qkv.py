@@ -12,6 +12,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from moecompiler.graph import DOMAIN, module_of, node_name, weight_tensor
 from moecompiler.passes.pattern import VIEWS, producer_of
+from moecompiler.passes.rewiring import position_of
 from moecompiler.pipeline import Missed, Rewrite
 from moecompiler.weights import Recipe, joined
 
@@ -123,7 +124,7 @@ def _merge(graph: gs.Graph, projections: Sequence[_Projection], weights: dict[st
     number = products[0].name.rpartition("_")[2]
     weight = _by_reference(f"{module}.qkv_proj.weight.T", joined(recipes, axis=1), weights)
     x, outputs = products[0].inputs[0], [each.last.outputs[0] for each in projections]
-    at = min(graph.nodes.index(product) for product in products)
+    at = min(position_of(product, graph) for product in products)
     for each in projections:
         each.last.outputs.clear()
     shape = [*outputs[0].shape[:-1], weight.shape[1]]

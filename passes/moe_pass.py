@@ -17,6 +17,7 @@ from moecompiler.ops import OpSpec
 from moecompiler.passes.dtypes import written_like
 from moecompiler.passes.pattern import Match, Pattern, escaping
 from moecompiler.passes.pattern_pass import PatternPass
+from moecompiler.passes.rewiring import position_of
 from moecompiler.passes.routing_patterns import Route, routing_of
 from moecompiler.plugins.moe.op import moe_spec
 from moecompiler.weights import Recipe
@@ -108,7 +109,7 @@ class MoEPass(PatternPass):
         attributes = {"top_k": routing.top_k, "normalization_mode": int(routing.mode)}
         written = written_like(y, tensors["x"], graph, name)
         spec = moe_spec(routing.mode, routing.top_k)
-        graph.nodes.insert(graph.nodes.index(last), spec.node(name, inputs, [written], attributes))
+        graph.nodes.insert(position_of(last, graph), spec.node(name, inputs, [written], attributes))
         return f"fused {len(experts.match.nodes) + len(routing.match.nodes)} nodes into MoE"
 
 

@@ -15,6 +15,7 @@ from moecompiler.passes.fuse_moe import FuseMoE
 from moecompiler.passes.fuse_rms_norm import FuseRMSNorm
 from moecompiler.passes.merge_qkv import MergeQKV
 from moecompiler.passes.restore import Restore
+from moecompiler.passes.standard_ops import StandardOps
 from moecompiler.pipeline import Pass
 
 OOTB = "ootb"
@@ -24,7 +25,8 @@ DEBUG = "debug"
 
 def named_pipelines() -> dict[str, tuple[Pass, ...]]:
     """``ootb``: plain operators, what an engine without plugins is built from. ``plugins``: fused ops, whose bodies a backend
-    without plugins inlines. ``debug``: the export as it is."""
+    without plugins inlines. ``debug``: the export as it is. One of each backend's name has what suits it best: fused ops where
+    it has plugins for them, operators of ONNX's own (``standard-ops``) where it has kernels for those."""
     # clean-up exposes constants (a cast of a constant to its own type), folding exposes no-ops: twice settles both
     tidy: tuple[Pass, ...] = (ConstantFolding(), CleanUp(), ConstantFolding(), CleanUp())
     fuse: tuple[Pass, ...] = (
@@ -38,10 +40,15 @@ def named_pipelines() -> dict[str, tuple[Pass, ...]]:
         FuseAddRMSNorm(),
         MergeQKV(),
     )
+    plugins = (*tidy, CommonSubexpressions(), *fuse)
+    standard = (*plugins, StandardOps())
     return {
         DEBUG: (),
         OOTB: tidy,
-        PLUGINS: (*tidy, CommonSubexpressions(), *fuse),
+        PLUGINS: plugins,
+        "onnxruntime": standard,
+        "tensorrt": plugins,
+        "tensorrt-rtx": standard,
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import onnx_graphsurgeon as gs
 
 from moecompiler.graph import DOMAIN, module_of, node_name
+from moecompiler.passes.rewiring import position_of
 from moecompiler.pipeline import Rewrite
 from moecompiler.weights import Recipe
 
@@ -37,7 +38,7 @@ class Restore:
 
 def _restore(graph: gs.Graph, node: gs.Node, body: gs.Function) -> str:
     inlined = _inline(node, body)
-    at = graph.nodes.index(node)
+    at = position_of(node, graph)
     node.outputs.clear()
     graph.nodes[at : at + 1] = inlined
     return f"restored {node.op}"

@@ -17,6 +17,11 @@ def is_any_of(tensor: gs.Tensor, tensors: Iterable[gs.Tensor]) -> bool:
     return any(tensor is each for each in tensors)
 
 
+def position_of(node: gs.Node, graph: gs.Graph) -> int:
+    """Where a node stands; ``list.index`` would compare whole nodes, which takes a deep model's time."""
+    return next(index for index, each in enumerate(graph.nodes) if each is node)
+
+
 def redirect_readers(old: gs.Tensor, new: gs.Tensor) -> None:
     """Makes every node that reads ``old`` read ``new``."""
     for reader in list(old.outputs):

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from moecompiler.graph import module_of, node_name
+from moecompiler.passes.rewiring import position_of
 
 _SHARED = "standard-ops/"  # what the names of values begin with that are made once for a graph
 
@@ -79,6 +80,6 @@ class Replacement:
 
     def put(self, graph: gs.Graph) -> None:
         """Puts the nodes where the old one stands, which must have lost its outputs to them."""
-        at = graph.nodes.index(self.node)
+        at = position_of(self.node, graph)
         graph.nodes[at : at + 1] = self.nodes
         self.node.inputs.clear()
