@@ -57,7 +57,7 @@ def measure(output: Path) -> list[Row]:
         rows.append(
             run(f"8x22b {name}: export", "export", "--model", "8x22b", *mapping, "--rank", 0, "--output_dir", exported)
         )
-        given = ("--checkpoint_dir", exported, "--output_dir", optimized, "--rank", 0)
+        given: tuple[object, ...] = ("--checkpoint_dir", exported, "--output_dir", optimized, "--rank", 0)
         rows.append(run(f"8x22b {name}: optimize, plugins", "optimize", *given, "--pipeline", "plugins"))
     exported = output / "8x7b" / "export"
     run("8x7b, 2 layers: export", "export", "--model", "8x7b", "--num_layers", 2, "--output_dir", exported)

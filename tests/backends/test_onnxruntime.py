@@ -115,7 +115,9 @@ def test_the_same_program_gives_the_same_files(programs: Programs, shipped: Subj
     for directory in (tmp_path / "one", tmp_path / "two"):
         directory.mkdir()
         program = programs.optimized(shipped.config, ALONE, 0, options("bfloat16"))
-        staged = OnnxRuntimeBackend().build(program, shipped.reader, "rank0", directory, SETTINGS, lambda fraction: None)
+        staged = OnnxRuntimeBackend().build(
+            program, shipped.reader, "rank0", directory, SETTINGS, lambda fraction: None
+        )
         contents.append({name: path.read_bytes() for name, path in staged.items()})
     assert contents[0] == contents[1]
 
@@ -167,7 +169,9 @@ def test_an_engine_of_hidden_states(programs: Programs, shipped: Subject, tmp_pa
     mapping = GRID["pp2"]
     program = programs.optimized(shipped.config, mapping, 1, options("float16"))
     backend = OnnxRuntimeBackend()
-    for name, path in backend.build(program, shipped.reader, "rank1", tmp_path, SETTINGS, lambda fraction: None).items():
+    for name, path in backend.build(
+        program, shipped.reader, "rank1", tmp_path, SETTINGS, lambda fraction: None
+    ).items():
         path.rename(tmp_path / name)
     session = backend.load(tmp_path, "rank1", EngineLimits(2, 7, 9, 1536), threads=1)
     assert (session.max_batch_size, session.max_input_len, session.max_seq_len) == (2, 7, 9)
