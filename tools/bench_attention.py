@@ -1,7 +1,8 @@
 """The attention kernels, rotary embedding and cache update included: ``python -m moecompiler.tools.bench_attention out.json``.
 
 Decode's floor is reading the visible keys and values once, at the bandwidth that a kernel that only reads reaches. Prefill's
-is the arithmetic of the two products below the diagonal, at torch's rate for large matrices. Both are measured in the same run.
+is the arithmetic of the two products below the diagonal, at torch's rate for large matrices. Both are measured in the same run,
+torch's rate right after each row, since a card that has been at work clocks lower.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ CASES = (
 
 @dataclass(frozen=True)
 class Row:
-    """``microseconds`` per run, of which ``floor`` have to be; ``share`` of the floor that is reached."""
+    """``microseconds`` per run, of which ``floor`` have to be; ``share`` of the floor that is reached; ``read`` and ``matmul``:
+    the ceilings in bytes and operations per second."""
 
     case: str
     dtype: str
@@ -79,6 +81,8 @@ class Row:
     share: float
     tflops: float
     error: float
+    read: float
+    matmul: float
 
 
 Tensors = list[torch.Tensor]
@@ -135,7 +139,7 @@ def copies(case: Case) -> int:
     return max(2, min(40, -(-400_000_000 // size)))
 
 
-def measure(case: Case, dtype: torch.dtype, read: float, matmul: float) -> Row:
+def measure(case: Case, dtype: torch.dtype, read: float) -> Row:
     """One row, with another cache in each run of a graph."""
     name = str(dtype).removeprefix("torch.")
     tactic = tactics("Attention", case.attributes, case.dims, name, compute_capability())[0]
@@ -146,12 +150,13 @@ def measure(case: Case, dtype: torch.dtype, read: float, matmul: float) -> Row:
     runner(prepared, sets[0], output)()
     error = relative_error(output, want)
     time = microseconds([runner(prepared, inputs, output) for inputs in sets])
+    matmul = matmul_peak(dtype)
     pairs = case.batch * case.new * (case.past + (case.new + 1) / 2)
     operations = 4 * pairs * case.heads * case.head_dim
     size = 2 * 2 * case.batch * case.kv_heads * (case.past + case.new) * case.head_dim
     floor = max(1e6 * size / read, 1e6 * operations / matmul if case.new > 1 else 0)
     label = f"{case.batch} × {case.new} new, {case.past} past"
-    return Row(label, name, tactic.name, time, floor, floor / time, operations / time / 1e6, error)
+    return Row(label, name, tactic.name, time, floor, floor / time, operations / time / 1e6, error, read, matmul)
 
 
 def table_line(row: Row) -> str:
@@ -169,10 +174,12 @@ def main() -> None:
     rows, read = [], read_bandwidth()
     for name in options.dtypes:
         dtype = getattr(torch, name)
-        matmul = matmul_peak(dtype)
-        print(f"{name}: reading {read / 1e12:.2f} TB/s, matrix product {matmul / 1e12:.0f} TFLOP/s", flush=True)
+        print(
+            f"{name}: reading {read / 1e12:.2f} TB/s, matrix product {matmul_peak(dtype) / 1e12:.0f} TFLOP/s",
+            flush=True,
+        )
         for case in CASES:
-            rows.append(measure(case, dtype, read, matmul))
+            rows.append(measure(case, dtype, read))
             print(table_line(rows[-1]), flush=True)
     options.output.write_text(json.dumps({"machine": machine(), "rows": [asdict(row) for row in rows]}, indent=1))
 

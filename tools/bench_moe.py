@@ -1,7 +1,8 @@
 """The MoE kernels on layers of Mixtral, routing and combination included: ``python -m moecompiler.tools.bench_moe out.json``.
 
 A row's floor is the larger of two times: reading the weights of all experts hit once, at the bandwidth that a kernel that only
-reads reaches; and the products' arithmetic, at torch's rate for large matrices. Both are measured in the same run.
+reads reaches; and the products' arithmetic, at torch's rate for large matrices. Both are measured in the same run, torch's rate
+right after each row that it may bound, since a card that has been at work clocks lower.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -56,7 +57,8 @@ LAYERS = (
 
 @dataclass(frozen=True)
 class Row:
-    """``microseconds`` per run; ``hit`` experts on average; ``floor`` in µs; ``share`` of the floor that is reached."""
+    """``microseconds`` per run; ``hit`` experts on average; ``floor`` in µs, ``share`` of it that is reached; ``read`` and
+    ``matmul``: the ceilings in bytes and operations per second."""
 
     layer: str
     tokens: int
@@ -69,6 +71,8 @@ class Row:
     share: float
     tflops: float
     error: float
+    read: float
+    matmul: float
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,8 @@ def measure(weights: Weights, tactic: MoETactic, tokens: int, ceilings: Ceilings
     prepared(weights.inputs(inputs[-1]), [output])
     error = relative_error(output, weights.expected(inputs[-1]))
     time = microseconds([lambda x=x: prepared(weights.inputs(x), [output]) for x in inputs])  # type: ignore[misc]
+    if tokens >= 512:
+        ceilings = replace(ceilings, matmul=matmul_peak(weights.dtype))
     hit = sum(map(weights.local_experts_hit, inputs)) / len(inputs)
     assigned = sum(int((weights.routed(x)[1] < layer.local).sum()) for x in inputs) / len(inputs)
     operations = 2 * 3 * assigned * layer.hidden * layer.intermediate
@@ -144,9 +150,9 @@ def measure(weights: Weights, tactic: MoETactic, tokens: int, ceilings: Ceilings
     bound = max(floors, key=lambda name: floors[name])
     floor = floors[bound]
     dtype = str(weights.dtype).removeprefix("torch.")
-    return Row(
-        layer.name, tokens, dtype, tactic.name, hit, time, floor, bound, floor / time, operations / time / 1e6, error
-    )
+    shares = (floor / time, operations / time / 1e6)
+    limits = (ceilings.read, ceilings.matmul)
+    return Row(layer.name, tokens, dtype, tactic.name, hit, time, floor, bound, *shares, error, *limits)
 
 
 def find_tactics(layer: Layer, dtype: str) -> tuple[MoETactic, ...]:

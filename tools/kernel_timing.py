@@ -102,8 +102,9 @@ def microseconds(work: Sequence[Callable[[], None]], seconds: float = 0.2, least
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """‖got − want‖ / ‖want‖ in float32; NaN where there is one."""
-    return float((got.float() - want.float()).norm() / want.float().norm())
+    """‖got − want‖ / ‖want‖ in float32, ‖got‖ where ``want`` is zero; NaN where there is one."""
+    error, size = (got.float() - want.float()).norm(), want.float().norm()
+    return float(error if size == 0 else error / size)
 
 
 _READ = Kernel(

@@ -20,15 +20,15 @@ def one_up(
     x, gate_up, chosen, inner,
     HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
-    """``x [1, H]`` → ``inner [K, F]``; program (i, k) computes ``ROWS`` of the F for the token's k-th expert."""
+    """``x [1, H]`` → ``inner [K, F]``; program (k, i) computes ``ROWS`` of the F for the token's k-th expert."""
     if OVERLAPPED:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    which = tl.program_id(1)
+    which = tl.program_id(0)
     expert = tl.load(chosen + which)
     if expert < 0:
         return
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     gate_rows = gate_up + expert.to(tl.int64) * (2 * INTERMEDIATE * HIDDEN) + row[:, None] * HIDDEN
     gate = tl.zeros([ROWS, BLOCK], tl.float32)
     up = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -52,9 +52,9 @@ def one_down(
     OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """``inner [K, F]`` → ``y [1, H]``, weighted and summed; a program computes ``ROWS`` of the H."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     if OVERLAPPED:
         tl.extra.cuda.gdc_wait()
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS], tl.float32)
     for which in tl.static_range(TOP_K):
         expert = tl.load(chosen + which)
@@ -140,10 +140,10 @@ def few_down(
     row = tl.program_id(0) * N + tl.arange(0, N)
     token = tl.arange(0, M)
     k = tl.arange(0, K)
-    rows = down + expert.to(tl.int64) * (HIDDEN * INTERMEDIATE) + row[:, None] * INTERMEDIATE + k[None, :]
-    columns = inner + (expert * tokens + token).to(tl.int64)[None, :] * INTERMEDIATE + k[:, None]
     part = tl.program_id(2)
     share: tl.constexpr = (INTERMEDIATE + PARTS * K - 1) // (PARTS * K) * K
+    rows = down + expert.to(tl.int64) * (HIDDEN * INTERMEDIATE) + row[:, None] * INTERMEDIATE + k[None, :]
+    columns = inner + (expert * tokens + token).to(tl.int64)[None, :] * INTERMEDIATE + k[:, None]
     result = tl.zeros([N, M], tl.float32)
     for first in range(part * share, min(INTERMEDIATE, (part + 1) * share), K):
         inside = first + k < INTERMEDIATE

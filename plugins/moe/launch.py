@@ -47,7 +47,7 @@ class Sizes:
 class One:
     """Tiles for one token: rows of weights and columns at a time, of the up and of the down product."""
 
-    up_rows: int = 1
+    up_rows: int = 2
     up_block: int = 4096
     down_rows: int = 1
     down_block: int = 2048
@@ -79,7 +79,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Many:
-    """Tiles of ``rows`` for up to ``tokens`` tokens (0: any number); with ``tails`` an expert's last up tile may have half."""
+    """Tiles of ``rows`` for up to ``tokens`` tokens (0: any number); with ``tails`` an expert's last up tile may be smaller."""
 
     tokens: int = 0
     rows: int = 128
@@ -129,7 +129,7 @@ class MoETactic:
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
-        return tuple(self._table.values())
+        return tuple(dict.fromkeys(self._table.values()))
 
     def workspace(self, dims: Dims) -> int:
         tokens = dims[0][0]
@@ -142,9 +142,10 @@ class MoETactic:
         if not tokens:
             return ()
         steps, _ = self._plan(self._way(tokens), tokens)
-        order = {key: i for i, key in enumerate(self._table)}
+        order = {kernel: i for i, kernel in enumerate(self.kernels)}
         return tuple(
-            Launch(order[step.kernel], step.grid, step.args, self._overlapped and i > 0) for i, step in enumerate(steps)
+            Launch(order[self._table[step.kernel]], step.grid, step.args, self._overlapped and i > 0)
+            for i, step in enumerate(steps)
         )
 
     @property
@@ -179,7 +180,7 @@ class MoETactic:
     def _one_steps(self, one: One, arena: Arena, chosen: Workspace, weights: Workspace) -> list[_Step]:
         sizes = self.sizes
         inner = arena.take(2 * sizes.top_k * sizes.intermediate)
-        up_grid = (-(-sizes.intermediate // one.up_rows), sizes.top_k, 1)
+        up_grid = (sizes.top_k, -(-sizes.intermediate // one.up_rows), 1)
         down_grid = (-(-sizes.hidden // one.down_rows), 1, 1)
         return [
             _Step(("one_up",), up_grid, (Input(0), Input(2), chosen, inner)),
@@ -367,13 +368,16 @@ def tactics(op: str, attributes: Mapping[str, Any], dims: Dims, dtype: str, sm: 
         return ()
     sizes = Sizes(hidden, intermediate, experts, local, attributes["top_k"], attributes["normalization_mode"])
     few = (Few(16, stages=4), Few(32, stages=4), Few(64))
-    up = Tile(128)
-    # as long as tokens do not fill an expert's tile, narrow tiles; while half a tile more or less matters, tails
-    fills = (max(1, rows * experts // sizes.top_k) for rows in (40, 320))
-    many = (
-        Many(next(fills), 64, Tile(64, 128, 3, 4), Tile(128, 128, 4, 4)),
-        Many(next(fills), 128, up, Tile(256), tails=True),
-        Many(0, 128, up, Tile(256)),
+    # narrow tiles as long as tokens do not fill an expert's; smaller last ones as long as they save much of the work
+    narrow_limit, tails_limit = (max(1, rows * experts // sizes.top_k) for rows in (40, 240))
+    narrow = Many(narrow_limit, 64, Tile(64, 128, 3, 4), Tile(128, 128, 4, 4))
+    whole = Many(0, 128, Tile(128), Tile(256))
+    tails = replace(whole, tails=True)
+    mixed = MoETactic(
+        "mixed", sizes, dtype, sm, One(), few, (narrow, replace(tails, tokens=tails_limit), whole), multiprocessors(sm)
     )
-    tactic = MoETactic("few-to-64", sizes, dtype, sm, One(), few, many, multiprocessors(sm))
-    return (tactic, replace(tactic, name="few-to-128", few=(*few, Few(128, columns=64, stages=5))))
+    return (
+        mixed,
+        replace(mixed, name="whole", many=(narrow, whole)),
+        replace(mixed, name="tails", many=(narrow, tails)),
+    )

@@ -2,7 +2,7 @@
 
 Shapes: R rows of the sorted buffer, H hidden, F intermediate, L local experts, K experts per token. An expert's rows begin at a
 multiple of M; rows between one expert's last and the next one's first hold garbage, which stays in those rows. With ``TAILS``
-an expert's last tile of the up product has M / 2 rows where these are enough.
+an expert's last tile of the up product has M / 2 or M / 4 rows where these are enough.
 
 Tiles are numbered by expert, then by columns, then by rows, so tiles that share weights run at the same time.
 """
@@ -18,10 +18,8 @@ def _silu(x):
 
 @triton.jit
 def _row_tiles(totals, L_BLOCK: tl.constexpr, M: tl.constexpr):
-    """Per expert: how many tiles of rows there are, and how many half tiles these are."""
-    rows = tl.load(totals + tl.arange(0, L_BLOCK))
-    tiles = (rows + M - 1) // M
-    return tiles, 2 * tiles - ((tiles > 0) & (rows - (tiles - 1) * M <= M // 2)).to(tl.int32)
+    """Per expert, how many tiles of rows there are."""
+    return (tl.load(totals + tl.arange(0, L_BLOCK)) + M - 1) // M
 
 
 @triton.jit
@@ -67,6 +65,21 @@ def _up_tile(
 
 
 @triton.jit
+def _up_tile_of_few(
+    a, b, row, weight_row,
+    HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """The same where M is under the 64 rows that the matrix units take of a left operand: the weights are the left one."""
+    gate = tl.zeros([N, M], tl.float32)
+    up = tl.zeros([N, M], tl.float32)
+    for first in range(0, HIDDEN, K):
+        right = a.load([row, first]).T
+        gate = tl.dot(b.load([weight_row, first]), right, gate)
+        up = tl.dot(b.load([weight_row + INTERMEDIATE, first]), right, up)
+    return tl.trans(_silu(gate) * up)
+
+
+@triton.jit
 def many_up(
     sorted_x, gate_up, totals, inner, rows,
     HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, LOCAL: tl.constexpr, L_BLOCK: tl.constexpr, M: tl.constexpr,
@@ -76,26 +89,30 @@ def many_up(
     if OVERLAPPED:  # before the descriptors: they lie in scratch memory that the launch before this one may still use
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    HALF: tl.constexpr = M // 2
     a = tl.make_tensor_descriptor(sorted_x, [rows, HIDDEN], [HIDDEN, 1], [M, K])
     b = tl.make_tensor_descriptor(gate_up, [LOCAL * 2 * INTERMEDIATE, HIDDEN], [HIDDEN, 1], [N, K])
     c = tl.make_tensor_descriptor(inner, [rows, INTERMEDIATE], [INTERMEDIATE, 1], [M, N])
     if TAILS:
-        a_half = tl.make_tensor_descriptor(sorted_x, [rows, HIDDEN], [HIDDEN, 1], [HALF, K])
-    tiles, halves = _row_tiles(totals, L_BLOCK, M)
+        a_half = tl.make_tensor_descriptor(sorted_x, [rows, HIDDEN], [HIDDEN, 1], [M // 2, K])
+        a_quarter = tl.make_tensor_descriptor(sorted_x, [rows, HIDDEN], [HIDDEN, 1], [M // 4, K])
+    tiles = _row_tiles(totals, L_BLOCK, M)
     column_tiles: tl.constexpr = (INTERMEDIATE + N - 1) // N
     count = tl.sum(tiles, 0) * column_tiles
     programs = tl.num_programs(0)
     for turn in range((count + programs - 1) // programs):
-        # a program's place moves on from turn to turn: else it could be the one that gets all the half tiles
+        # a program's place moves on from turn to turn: else it could be the one that gets all the small tiles
         index = turn * programs + (tl.program_id(0) + turn) % programs
         if index < count:
             expert, row_tile, column_tile = _tile(index, tiles, column_tiles)
             row = (_before(tiles, expert) + row_tile) * M
             column = column_tile * N
             weight_row = expert * (2 * INTERMEDIATE) + column
-            if TAILS and 2 * row_tile + 1 == _at(halves, expert):
-                half = _up_tile(a_half, b, row, weight_row, HIDDEN, INTERMEDIATE, HALF, N, K)
+            left = tl.load(totals + expert) - row_tile * M
+            if TAILS and left <= M // 4:
+                quarter = _up_tile_of_few(a_quarter, b, row, weight_row, HIDDEN, INTERMEDIATE, M // 4, N, K)
+                _store_rows(inner, row, column, quarter, INTERMEDIATE)
+            elif TAILS and left <= M // 2:
+                half = _up_tile(a_half, b, row, weight_row, HIDDEN, INTERMEDIATE, M // 2, N, K)
                 _store_rows(inner, row, column, half, INTERMEDIATE)
             else:
                 whole = _up_tile(a, b, row, weight_row, HIDDEN, INTERMEDIATE, M, N, K)
@@ -126,7 +143,7 @@ def many_down(
     a = tl.make_tensor_descriptor(inner, [rows, INTERMEDIATE], [INTERMEDIATE, 1], [M, K])
     b = tl.make_tensor_descriptor(down, [LOCAL * HIDDEN, INTERMEDIATE], [INTERMEDIATE, 1], [N, K])
     c = tl.make_tensor_descriptor(results, [rows, HIDDEN], [HIDDEN, 1], [M, N])
-    tiles, _ = _row_tiles(totals, L_BLOCK, M)
+    tiles = _row_tiles(totals, L_BLOCK, M)
     column_tiles: tl.constexpr = (HIDDEN + N - 1) // N
     steps: tl.constexpr = (INTERMEDIATE + K - 1) // K
     programs = tl.num_programs(0)
@@ -173,7 +190,7 @@ def many_combine(
     column = tl.program_id(1) * H_BLOCK + tl.arange(0, H_BLOCK)
     there = column < HIDDEN
     column_tiles: tl.constexpr = (HIDDEN + N - 1) // N
-    tiles, _ = _row_tiles(totals, L_BLOCK, M)
+    tiles = _row_tiles(totals, L_BLOCK, M)
     turns, rest, sharers = _division(tiles, programs, column_tiles)
     total = tl.zeros([H_BLOCK], tl.float32)
     for i in tl.static_range(TOP_K):

@@ -106,16 +106,15 @@ def test_moe_of_many_tokens(interpreting: ProcessPoolExecutor, mode: int, top_k:
     compare(interpreting, moe_spec(NormalizationMode(mode), top_k), attributes, inputs, tactic=tactic)
 
 
-@pytest.mark.parametrize("many", [False, True])
-def test_all_tokens_on_one_expert(interpreting: ProcessPoolExecutor, many: bool) -> None:
-    """Whole tiles and half a tile of rows where there are many, and other experts without any."""
-    tokens = 75 if many else 17
+@pytest.mark.parametrize("tokens", [17, 71, 75, 90])
+def test_all_tokens_on_one_expert(interpreting: ProcessPoolExecutor, tokens: int) -> None:
+    """And none on the others. Of many tokens, the last tile of 32 rows is a quarter, a half, a whole one."""
     attributes = {"top_k": 1, "normalization_mode": 1}
     inputs = moe_inputs(tokens, 5, (0, 1, 2, 3, 4), 16, 24)
     inputs[0] = inputs[0].abs()
     inputs[1][3] = 2.0
     tactic = default(attributes, inputs)
-    if many:
+    if tokens > 17:
         tile = Tile(16, 16)
         tactic = dataclasses.replace(tactic, one=None, few=(), many=(Many(0, 32, tile, tile, True),), processors=12)
     compare(interpreting, moe_spec(NormalizationMode.RENORMALIZE, 1), attributes, inputs, tactic=tactic)
