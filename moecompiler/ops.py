@@ -27,6 +27,9 @@ def plugin_name(op: str) -> str:
     return f"{op}Plugin"
 
 
+Dim = int | str
+
+
 @dataclass(frozen=True)
 class Value:
     """An input or output of an op: its dims by name (a dim of the same name is the same size) and its element type, ``T`` for
@@ -69,7 +72,36 @@ class OpSpec:
             raise ValueError(f"{self.name} takes {len(self.inputs)} inputs and gives {len(self.outputs)} outputs")
         if set(attributes) != set(self.attributes):
             raise ValueError(f"{self.name} has attributes {sorted(self.attributes)}, not {sorted(attributes)}")
+        known = all(tensor.shape is not None for tensor in inputs)
+        shapes = self.output_shapes([tensor.shape for tensor in inputs]) if known else [None] * len(outputs)
+        for output, shape in zip(outputs, shapes, strict=True):
+            if output.shape is None:
+                output.shape = shape
         return gs.Node(self.name, name, dict(attributes), list(inputs), list(outputs), domain=DOMAIN)
+
+    def output_shapes(self, shapes: Sequence[Sequence[Dim]]) -> list[list[Dim]]:
+        """The op's shape rule: the outputs' shapes from the inputs'. Dims are sizes, or names where they are open.
+
+        Raises: ValueError where an input has another rank, or two dims of one name different sizes.
+        """
+        sizes: dict[str, list[Dim]] = {}
+        for value, shape in zip(self.inputs, shapes, strict=True):
+            leading = len(shape) - len(value.dims) + 1 if "..." in value.dims else 1
+            if leading < 0 or ("..." not in value.dims and len(shape) != len(value.dims)):
+                raise ValueError(f"{self.name}: {value.name} is {list(shape)}, not [{', '.join(value.dims)}]")
+            left = list(shape)
+            for dim in value.dims:
+                taken = [left.pop(0) for _ in range(leading if dim == "..." else 1)]
+                self._bind(dim, taken, sizes, value.name)
+        return [[each for dim in value.dims for each in sizes[dim]] for value in self.outputs]
+
+    def _bind(self, dim: str, taken: list[Dim], sizes: dict[str, list[Dim]], where: str) -> None:
+        bound = sizes.setdefault(dim, [int(dim)] if dim.isdigit() else taken)
+        for index, (old, new) in enumerate(zip(bound, taken, strict=False)):
+            if isinstance(old, int) and isinstance(new, int) and old != new:
+                raise ValueError(f"{self.name}: {dim} of {where} is {new}, elsewhere {old}")
+            if isinstance(new, int):
+                bound[index] = new  # a size says more than a name
 
 
 def add_function(model: onnx.ModelProto, spec: OpSpec) -> None:

@@ -19,12 +19,9 @@ from moecompiler.pipeline import Change, Pass, apply, run_passes
 from moecompiler.runtime.communicator import Alone, using_communicator
 from moecompiler.validation.difference import relative_error
 from moecompiler.validation.place import Arrays
-from moecompiler.weights import Recipe
 
 _MOST_RINGS, _MOST_NODES = 10, 200  # one layer of an export has 130 nodes
-LARGEST_WEIGHTS = (
-    12 * 10**6
-)  # bytes; larger ones are replaced by random ones of a seed, if the error shows with them too
+LARGEST_WEIGHTS = 12 * 10**6  # bytes; larger ones are replaced by random ones of a seed
 
 
 @dataclass(frozen=True)
@@ -38,10 +35,6 @@ class Reduced:
     expected: Arrays
     actual: Arrays
     seeded: bool
-
-    @property
-    def recipes(self) -> set[Recipe]:
-        return {*self.before.weights.values(), *self.after.weights.values()}
 
 
 class WithoutPeers(Alone):
@@ -63,10 +56,9 @@ def reduce_rewrite(subject: Subject, steps: Sequence[Pass], culprit: Culprit) ->
     parts = _smallest(before, after, region, steps[culprit.index - 1], culprit.change)
     names = sorted(_inputs(parts[0]) | _inputs(parts[1]))
     inputs = subject.observe(_peers(subject, steps, culprit), names, culprit.rank)
-    reduced = with_weights(parts, inputs, subject.weights, seeded=False)
-    if sum(recipe.nbytes for recipe in reduced.recipes) <= LARGEST_WEIGHTS:
-        return reduced
-    return with_weights(parts, inputs, WeightCache(SeededReader()), seeded=True)
+    size = sum(recipe.nbytes for recipe in {*parts[0].weights.values(), *parts[1].weights.values()})
+    seeded = size > LARGEST_WEIGHTS
+    return with_weights(parts, inputs, WeightCache(SeededReader()) if seeded else subject.weights, seeded=seeded)
 
 
 def with_weights(
