@@ -16,8 +16,9 @@ from moecompiler.config import NormalizationMode
 from moecompiler.ops import OpSpec
 from moecompiler.plugins.attention.op import ATTENTION
 from moecompiler.plugins.launch import Tactic
-from moecompiler.plugins.moe.launch import Few, Many, MoETactic, Tile
+from moecompiler.plugins.moe.launch import MoETactic
 from moecompiler.plugins.moe.op import moe_spec
+from moecompiler.plugins.moe.tiles import Few, Many, Tile
 from moecompiler.plugins.rmsnorm.op import ADD_RMS_NORM, RMS_NORM
 from moecompiler.plugins.tactics import tactics
 
