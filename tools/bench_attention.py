@@ -7,17 +7,14 @@ torch's rate right after each row, since a card that has been at work clocks low
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from moecompiler.plugins.launch import Dims
 from moecompiler.plugins.tactics import tactics
-from moecompiler.tools.kernel_machine import machine
+from moecompiler.tools.kernel_machine import benchmark_parser, parse_for_gpu, write_rows
 from moecompiler.tools.kernel_timing import (
     Prepared,
     compute_capability,
@@ -166,11 +163,8 @@ def table_line(row: Row) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("output", type=Path, help="JSON of all rows")
-    parser.add_argument("--dtypes", nargs="+", default=["float16"])
-    options = parser.parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_for_gpu(benchmark_parser(__doc__), arguments)
     rows, read = [], read_bandwidth()
     for name in options.dtypes:
         dtype = getattr(torch, name)
@@ -181,7 +175,7 @@ def main() -> None:
         for case in CASES:
             rows.append(measure(case, dtype, read))
             print(table_line(rows[-1]), flush=True)
-    options.output.write_text(json.dumps({"machine": machine(), "rows": [asdict(row) for row in rows]}, indent=1))
+    write_rows(options.output, rows)
 
 
 if __name__ == "__main__":

@@ -7,19 +7,16 @@ right after each row that it may bound, since a card that has been at work clock
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from moecompiler.plugins.launch import Dims, Kernel
 from moecompiler.plugins.moe.launch import MoETactic
 from moecompiler.plugins.tactics import tactics
-from moecompiler.tools.kernel_machine import machine
+from moecompiler.tools.kernel_machine import benchmark_parser, parse_for_gpu, write_rows
 from moecompiler.tools.kernel_timing import (
     compile_ahead,
     compute_capability,
@@ -203,15 +200,14 @@ def table_line(row: Row) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("output", type=Path, help="JSON of all rows")
-    parser.add_argument("--layers", nargs="+", default=[layer.name for layer in LAYERS])
-    parser.add_argument("--dtypes", nargs="+", default=["float16"])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = benchmark_parser(__doc__)
+    names = [layer.name for layer in LAYERS]
+    parser.add_argument("--layers", nargs="+", choices=names, default=names)
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
-    options = parser.parse_args()
+    options = parse_for_gpu(parser, arguments)
     rows = run([layer for layer in LAYERS if layer.name in options.layers], options.dtypes, options.tokens)
-    options.output.write_text(json.dumps({"machine": machine(), "rows": [asdict(row) for row in rows]}, indent=1))
+    write_rows(options.output, rows)
 
 
 if __name__ == "__main__":

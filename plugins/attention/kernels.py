@@ -33,7 +33,7 @@ def decode(
     """One new token per sequence. Program (p, h, b) does the p-th part of key-value head h's visible slots in sequence b, and the
     first part also writes and sees the new token. With ``parts`` = 1 it gives ``output [B, 1, N * D]``, else its unfinished
     part: ``mixed [B, N, parts, D]`` and ``sums [B, N, parts, 2]``, the running maximum and sum of the softmax, float32."""
-    if OVERLAPPED:
+    if OVERLAPPED and parts > 1:  # else what follows is another node's, which may rely on not being let in early
         tl.extra.cuda.gdc_launch_dependents()
     part = tl.program_id(0)
     head = tl.program_id(1)
