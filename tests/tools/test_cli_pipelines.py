@@ -47,6 +47,6 @@ def test_an_unknown_pipeline_is_refused(
     source = ["--model_dir", str(SHIPPED)] if verb == "compile" else ["--checkpoint_dir", str(fused / "export")]
     assert main([verb, *source, "--output_dir", str(tmp_path / "out"), "--pipeline", "nothing"]) == 2
     error = capsys.readouterr().err
-    assert "--pipeline nothing: there is none of that name; choose from debug, ootb, " in error
+    assert "--pipeline nothing: there is none of that name; choose from debug, onnxruntime, ootb, " in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
