@@ -8,8 +8,9 @@ from pathlib import Path
 import onnx
 
 from moecompiler.graph import Program, weight_tensor
-from moecompiler.safetensors_file import layout, write
-from moecompiler.weights import Recipe, TensorReader, materialize
+from moecompiler.packing import pack, tensors_of
+from moecompiler.safetensors_file import layout
+from moecompiler.weights import Recipe, TensorReader
 
 WEIGHTS = "weights.safetensors"
 
@@ -25,8 +26,7 @@ def write_dumps(
     ``path_of``: file name → where to write it.
     """
     recipes, stored = distinct_weights(programs)
-    tensors = {name: (recipe.dtype, recipe.shape) for name, recipe in recipes.items()}
-    _, offsets, size = layout(tensors)
+    _, offsets, _ = layout(tensors_of(recipes))
     for file, program in programs.items():
         model = onnx.ModelProto()
         model.CopyFrom(program.model)
@@ -36,14 +36,7 @@ def write_dumps(
                 model.graph.initializer[index].CopyFrom(pointer)
         path_of(file).write_bytes(model.SerializeToString(deterministic=True))
     if reader is not None:
-        written = 0
-
-        def advance(count: int) -> None:
-            nonlocal written
-            written += count
-            progress(written / size)
-
-        write(path_of(WEIGHTS), tensors, lambda name: materialize(recipes[name], reader), advance)
+        pack([(path_of(WEIGHTS), recipes)], reader, progress)
 
 
 def distinct_weights(

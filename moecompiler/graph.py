@@ -19,8 +19,9 @@ import onnx
 from onnx import TensorProto
 
 from moecompiler.errors import UserError
+from moecompiler.packing import tensors_of
 from moecompiler.safetensors_file import layout
-from moecompiler.weights import Recipe, Shape
+from moecompiler.weights import Recipe
 
 OPSET = 21
 IR_VERSION = 10
@@ -83,7 +84,7 @@ def weight_tensor(name: str, recipe: Recipe, location: str = "weights", offset: 
 
 def point_weights_at(program: Program, location: str) -> Program:
     """The program with its weights' initializers pointing into the safetensors file ``location``, as ``layout`` lays it out."""
-    _, offsets, _ = layout(packed_tensors(program))
+    _, offsets, _ = layout(tensors_of(program.weights))
     model = onnx.ModelProto()
     model.CopyFrom(program.model)
     for index, tensor in enumerate(model.graph.initializer):
@@ -91,11 +92,6 @@ def point_weights_at(program: Program, location: str) -> Program:
             pointer = weight_tensor(tensor.name, recipe, location, offsets[tensor.name])
             model.graph.initializer[index].CopyFrom(pointer)
     return Program(model, program.weights)
-
-
-def packed_tensors(program: Program) -> dict[str, tuple[str, Shape]]:
-    """Dtype and shape of each weight, in the order in which a weights file holds them."""
-    return {name: (recipe.dtype, recipe.shape) for name, recipe in sorted(program.weights.items())}
 
 
 def serialize(program: Program, stem: str) -> tuple[bytes, bytes]:

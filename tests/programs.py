@@ -230,7 +230,9 @@ def build_and_load(programs: Sequence[Program], subject: Subject, directory: Pat
     backend = OnnxRuntimeBackend()
     limits = EngineLimits(3, MAX_SEQ_LEN, MAX_SEQ_LEN, subject.config.vocab_size)
     for rank, program in enumerate(programs):
-        built = backend.build(program, subject.reader, f"rank{rank}", directory, BuildSettings(limits), lambda fraction: None)
+        built = backend.build(
+            program, subject.reader, f"rank{rank}", directory, BuildSettings(limits), lambda fraction: None
+        )
         for name, temporary in built.items():
             os.replace(temporary, directory / name)
     return [backend.load(directory, f"rank{rank}", limits, threads=1) for rank in range(len(programs))]

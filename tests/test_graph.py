@@ -20,10 +20,10 @@ from moecompiler.graph import (
     module_of,
     node_name,
     output_of,
-    packed_tensors,
     point_weights_at,
     serialize,
 )
+from moecompiler.packing import tensors_of
 from moecompiler.weights import Recipe, materialize
 
 RECIPES = {
@@ -82,7 +82,7 @@ def test_weights_are_where_the_graph_says(tmp_path: Path) -> None:
     path = save(saved, tmp_path)
     safetensors_file.write(
         tmp_path / "rank0.safetensors",
-        packed_tensors(saved),
+        tensors_of(saved.weights),
         lambda name: materialize(RECIPES[name], READER),
     )
     model = onnx.load(path)  # with external data

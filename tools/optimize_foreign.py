@@ -12,12 +12,12 @@ from moecompiler.atomic import replace, temporary_path
 from moecompiler.dumps import WEIGHTS
 from moecompiler.errors import UserError
 from moecompiler.foreign import OnnxReader, open_foreign
-from moecompiler.graph import Program, packed_tensors, point_weights_at
+from moecompiler.graph import Program, point_weights_at
+from moecompiler.packing import pack
 from moecompiler.pipeline import Pass, PassResult, run_passes
-from moecompiler.safetensors_file import write
 from moecompiler.tools.flags import InstrumentFlags, SelectionFlags
 from moecompiler.tools.instruments import Watcher, check_instruments, show
-from moecompiler.weights import TensorReader, materialize
+from moecompiler.weights import TensorReader
 
 _DUMP = re.compile(rf"\d\d-.+\.onnx|{re.escape(WEIGHTS)}")
 
@@ -92,8 +92,8 @@ def _write(program: Program, reader: TensorReader, output: Path, watcher: Watche
     try:
         model = point_weights_at(program, weights.name).model
         staged[output].write_bytes(model.SerializeToString(deterministic=True))
-        if recipes := program.weights:
-            write(staged[weights], packed_tensors(program), lambda name: materialize(recipes[name], reader))
+        if program.weights:
+            pack([(staged[weights], program.weights)], reader)
         if watcher.dumps:
             staged[dumps].mkdir()
             watcher.write(lambda: reader, lambda name: staged[dumps] / name)

@@ -18,10 +18,10 @@ from moecompiler.atomic import temporary_path
 from moecompiler.backends.base import BuildSettings, EngineLimits
 from moecompiler.backends.onnxruntime_lowering import lower
 from moecompiler.errors import UserError
-from moecompiler.graph import Program, packed_tensors, point_weights_at
+from moecompiler.graph import Program, point_weights_at
+from moecompiler.packing import pack
 from moecompiler.runtime.communicator import current_communicator
-from moecompiler.safetensors_file import write
-from moecompiler.weights import TensorReader, materialize
+from moecompiler.weights import TensorReader
 
 # onnxruntime-extensions registers its ops without a lock: two ranks of one process that load at once crash it
 _ONE_AT_A_TIME = threading.Lock()
@@ -69,20 +69,7 @@ class OnnxRuntimeBackend:
         model_name, weights_name = f"{stem}.onnx", f"{stem}.safetensors"
         staged = {name: temporary_path(directory / name) for name in (weights_name, model_name)}
         program = lower(program)
-        total = max(1, sum(recipe.nbytes for recipe in program.weights.values()))
-        written = 0
-
-        def advance(count: int) -> None:
-            nonlocal written
-            written += count
-            progress(written / total)
-
-        write(
-            staged[weights_name],
-            packed_tensors(program),
-            lambda name: materialize(program.weights[name], reader),
-            advance,
-        )
+        pack([(staged[weights_name], program.weights)], reader, progress)
         model = point_weights_at(program, weights_name).model
         staged[model_name].write_bytes(model.SerializeToString(deterministic=True))
         return staged

@@ -13,7 +13,10 @@ from onnx import TensorProto, helper
 from moecompiler.backends.onnxruntime import open_model
 from moecompiler.backends.onnxruntime_lowering import lower
 from moecompiler.graph import ONNX_DTYPES, Program
-from moecompiler.weights import Recipe, TensorReader, materialize
+from moecompiler.weights import NUMPY_DTYPES, Recipe, TensorReader, materialize
+
+_ROOM_BYTES = 1 << 30  # of weights that are kept although the programs at hand do not use them
+_WIDENED_BYTES = 2 << 30  # of half-precision weights, up to which ONNX Runtime may keep copies of them in float32
 
 
 class WeightCache:
@@ -35,18 +38,28 @@ class WeightCache:
                 self._values[recipe] = bits, onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, kind)
             return self._values[recipe][1]
 
+    def make_room(self, needed: set[Recipe]) -> None:
+        """Lets go of what is not needed, if there is much of it. No session that uses it may be there any more."""
+        with self._lock:
+            rest = self._values.keys() - needed
+            if sum(recipe.nbytes for recipe in rest) > _ROOM_BYTES:
+                for recipe in rest:
+                    del self._values[recipe]
+
 
 def open_program(
     program: Program, weights: WeightCache, threads: int = 0, *, optimized: bool = True
 ) -> onnxruntime.InferenceSession:
-    """A session of a program, lowered as a build lowers it; ``optimized``: with ONNX Runtime's own graph optimizations.
+    """A session of a program, lowered as a build lowers it; ``optimized``: with ONNX Runtime's own graph optimizations, but where
+    they would widen gigabytes of weights and keep the copies.
 
     Collectives go through the communicator of the thread that runs it.
     """
     lowered = lower(program)
     names = [t.name for t in lowered.model.graph.initializer if t.data_location == TensorProto.EXTERNAL]
     options = onnxruntime.SessionOptions()
-    if not optimized:
+    halves = sum(recipe.nbytes for recipe in lowered.weights.values() if NUMPY_DTYPES[recipe.dtype].itemsize == 2)
+    if not optimized or halves > _WIDENED_BYTES:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if names:
         options.add_external_initializers(names, [weights.value(lowered.weights[name]) for name in names])

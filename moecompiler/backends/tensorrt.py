@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from moecompiler.atomic import temporary_path
 from moecompiler.backends.base import BuildSettings, EngineLimits, PluginLibrary
@@ -17,10 +15,10 @@ from moecompiler.backends.tensorrt_profiles import prefill_rows, profiles
 from moecompiler.backends.tensorrt_program import Prepared, prepare, serialized
 from moecompiler.backends.tensorrt_record import Made, Record, check_fits
 from moecompiler.errors import UserError
-from moecompiler.graph import Program, packed_tensors
+from moecompiler.graph import Program
+from moecompiler.packing import pack
 from moecompiler.plugin_switches import Mode
-from moecompiler.safetensors_file import write
-from moecompiler.weights import Recipe, TensorReader, materialize
+from moecompiler.weights import Recipe, TensorReader
 
 if TYPE_CHECKING:
     from moecompiler.backends.tensorrt_session import TensorRTSession
@@ -168,18 +166,4 @@ def _write_weights(
     parts: list[tuple[Path, Mapping[str, Recipe]]] = [(baked, prepared.program.weights)]
     if bound is not None:
         parts.append((bound, prepared.bound))
-    total = max(1, sum(recipe.nbytes for _, recipes in parts for recipe in recipes.values()))
-    written = 0
-
-    def advance(count: int) -> None:
-        nonlocal written
-        written += count
-        progress(_WEIGHTS_SHARE * min(1.0, written / total))
-
-    for path, recipes in parts:
-        tensors = packed_tensors(Program(prepared.program.model, recipes))
-        write(path, tensors, partial(_materialize, recipes, reader), advance)
-
-
-def _materialize(recipes: Mapping[str, Recipe], reader: TensorReader, name: str) -> np.ndarray:
-    return materialize(recipes[name], reader)
+    pack(parts, reader, lambda fraction: progress(_WEIGHTS_SHARE * fraction))

@@ -7,21 +7,18 @@ TensorRT-RTX runtime on such a card.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from moecompiler.atomic import temporary_path
 from moecompiler.backends.base import BuildSettings, EngineLimits
 from moecompiler.backends.tensorrt_profiles import prefill_rows, profiles
 from moecompiler.backends.tensorrt_rtx_program import lower
 from moecompiler.errors import UserError
-from moecompiler.graph import ONNX_DTYPES, Program, packed_tensors, point_weights_at
-from moecompiler.safetensors_file import write
-from moecompiler.weights import TensorReader, materialize
+from moecompiler.graph import ONNX_DTYPES, Program, point_weights_at
+from moecompiler.packing import pack
+from moecompiler.weights import TensorReader
 
 if TYPE_CHECKING:
     from moecompiler.runtime.session import StageSession
@@ -95,7 +92,11 @@ class TensorRTRTXBackend:
             parts = [(baked, lowered.program)]
             if lowered.bound:
                 parts.append((staged[f"{stem}.safetensors"], Program(lowered.program.model, lowered.bound)))
-            _write_weights(parts, reader, lambda fraction: progress(_WEIGHTS_SHARE * fraction))
+            pack(
+                [(path, part.weights) for path, part in parts],
+                reader,
+                lambda fraction: progress(_WEIGHTS_SHARE * fraction),
+            )
             model = point_weights_at(lowered.program, baked.name).model
             graph.write_bytes(model.SerializeToString(deterministic=True))
             plan = build_plan(
@@ -150,23 +151,3 @@ def dtype_of(program: Program) -> str:
 
 def _capabilities(settings: BuildSettings) -> tuple[str, ...]:
     return settings.compute_capabilities or DEFAULT_CAPABILITIES
-
-
-def _write_weights(
-    parts: Sequence[tuple[Path, Program]], reader: TensorReader, progress: Callable[[float], None]
-) -> None:
-    """Each program's weights to its file; one tensor is in memory at a time."""
-    total = max(1, sum(recipe.nbytes for _, program in parts for recipe in program.weights.values()))
-    written = 0
-
-    def advance(count: int) -> None:
-        nonlocal written
-        written += count
-        progress(min(1.0, written / total))
-
-    for path, program in parts:
-        write(path, packed_tensors(program), partial(_materialize, program, reader), advance)
-
-
-def _materialize(program: Program, reader: TensorReader, name: str) -> np.ndarray:
-    return materialize(program.weights[name], reader)

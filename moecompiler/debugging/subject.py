@@ -85,6 +85,7 @@ class ExportedRanks:
         """Logits of prefill and every decode step, ``[batch, steps, vocab]``."""
         mapping = self.places[0].mapping
         threads = 1 if mapping.world_size > 1 else 0
+        self.weights.make_room({recipe for program in programs for recipe in program.weights.values()})
         sessions = [OnnxRuntimeSession(open_program(each, self.weights, threads), self.limits) for each in programs]
 
         def run(communicator: Communicator) -> list[np.ndarray | None]:

@@ -20,8 +20,9 @@ _ORT_TYPES = {"tensor(float16)": "float16", "tensor(float)": "float32", "tensor(
 
 @dataclass(frozen=True)
 class Engine:
-    """``runner``: makes, from an example of its inputs, what runs one step on given inputs, by the graph's names. ``types``: the dtype of each input. ``stage``: the same engine
-    behind the interface of generation. ``has_parts``: whether its graph can be run in parts."""
+    """``runner``: makes, from an example of its inputs, what runs one step on given inputs, by the graph's names. ``types``: the
+    dtype of each input. ``stage``: the same engine behind the interface of generation. ``has_parts``: whether its graph can be
+    run in parts."""
 
     runner: Callable[[Arrays], BaseRunner]
     types: dict[str, np.dtype]

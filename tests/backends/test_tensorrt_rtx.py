@@ -23,8 +23,9 @@ from moecompiler.backends.tensorrt_rtx_program import lower
 from moecompiler.config import PRESETS, ExportOptions
 from moecompiler.errors import UserError
 from moecompiler.export import export_rank
-from moecompiler.graph import Program, packed_tensors, point_weights_at
+from moecompiler.graph import Program, point_weights_at
 from moecompiler.mapping import Mapping
+from moecompiler.packing import tensors_of
 from moecompiler.passes.pipelines import named_pipelines
 from moecompiler.passes.standard_ops import StandardOps
 from moecompiler.pipeline import Pass, run_passes
@@ -117,7 +118,7 @@ def test_a_full_size_layer_builds(tmp_path: Path) -> None:
         weights = lowered.program.weights
         write(
             tmp_path / "w",
-            packed_tensors(lowered.program),
+            tensors_of(lowered.program.weights),
             lambda name, held=weights: materialize(held[name], _Zeros()),
         )
         model = point_weights_at(lowered.program, "w").model

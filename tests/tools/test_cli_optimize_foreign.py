@@ -66,12 +66,12 @@ def test_a_run_that_fails_leaves_what_there_was(here: Here, tmp_path: Path, monk
         before = contents(tmp_path)
         for error, status in ((OSError(28, "No space left on device"), 2), (KeyboardInterrupt(), 130)):
 
-            def fails(path: Path, *arguments: object, raised: BaseException = error) -> str:
-                path.write_bytes(b"half")
+            def fails(parts: list[tuple[Path, object]], *arguments: object, raised: BaseException = error) -> None:
+                parts[0][0].write_bytes(b"half")
                 raise raised
 
             with monkeypatch.context() as patch:
-                patch.setattr(optimize_foreign, "write", fails)
+                patch.setattr(optimize_foreign, "pack", fails)
                 output = here("optimize", source, "--output", made, "--dump_passes")
             assert output.status == status
             assert contents(tmp_path) == before
