@@ -55,9 +55,9 @@ def test_kernels_compile(sm: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sm", SMS)
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "sm"), [("float16", 90), ("bfloat16", 80), ("float16", 120)])
 def test_all_kernels_compile(sm: int, dtype: str) -> None:
+    """With the copy engine and without, on the least and on the most shared memory."""
     for kernels in all_kernels(sm, dtype).values():
         for kernel in dict.fromkeys(kernels):
             assert_fits(kernel, sm)
