@@ -73,6 +73,7 @@ def run_alone(part: Program, inputs: Arrays, weights: WeightCache) -> Arrays:
     """All outputs of a part, unoptimized, on one rank without its peers."""
     graph = part.model.graph
     feeds = {value.name: inputs[value.name] for value in graph.input}
+    weights.make_room({*part.weights.values()})
     with using_communicator(WithoutPeers()):
         return dict(zip((v.name for v in graph.output), run_part(part.model, part, weights, feeds), strict=True))
 
