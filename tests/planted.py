@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import onnx_graphsurgeon as gs
 
+from moecompiler.debugging.subject import ExportedRanks
+from moecompiler.ops import OpSpec
 from moecompiler.passes.fuse_add_rms_norm import FuseAddRMSNorm
 from moecompiler.passes.fuse_attention import FuseAttention
 from moecompiler.passes.fuse_moe import FuseMoE
 from moecompiler.passes.fuse_rms_norm import FuseRMSNorm
+from moecompiler.passes.pattern_pass import PatternPass
 from moecompiler.pipeline import Pass, Rewrite
 from moecompiler.weights import Recipe
+
+# mapping's name, dtype, whether tidied → its ranks; see the fixture ``subject_of``
+MakeSubject = Callable[..., ExportedRanks]
 
 # the passes that tests bisect, on programs that are tidied already
 STEPS: tuple[Pass, ...] = (FuseRMSNorm(), FuseAttention(), FuseMoE(), FuseAddRMSNorm())
@@ -20,7 +26,7 @@ STEPS: tuple[Pass, ...] = (FuseRMSNorm(), FuseAttention(), FuseMoE(), FuseAddRMS
 class Wrong:
     """A pass whose rewrite number ``at`` (from 1, of those it makes on a graph) is followed by a mistake."""
 
-    inner: Pass
+    inner: PatternPass
 
     def __init__(self, at: int):
         self.at, self.name = at, self.inner.name
@@ -33,7 +39,7 @@ class Wrong:
                 else rewrite
             )
 
-    def _wrong(self, rewrite: Rewrite, graph: gs.Graph, weights: dict[str, Recipe]):  # type: ignore[no-untyped-def]
+    def _wrong(self, rewrite: Rewrite, graph: gs.Graph, weights: dict[str, Recipe]) -> Callable[[], str]:
         def apply() -> str:
             known = {id(node) for node in graph.nodes}
             what = rewrite.apply()
@@ -43,8 +49,8 @@ class Wrong:
 
         return apply
 
-    def spec_of(self, node: gs.Node) -> object:
-        return self.inner.spec_of(node)  # type: ignore[attr-defined]
+    def spec_of(self, node: gs.Node) -> OpSpec | None:
+        return self.inner.spec_of(node)
 
     def spoil(self, node: gs.Node, weights: dict[str, Recipe]) -> None:
         raise AssertionError(f"{type(self).__name__} does not say what is wrong")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from planted import MakeSubject
 from programs import GRID, TINY_MIXTRAL, Programs, Subject
 
 from moecompiler.backends.base import EngineLimits
@@ -18,7 +18,6 @@ from moecompiler.validation.place import RankPlace
 from moecompiler.validation.scenario import random_scenario
 
 SLOTS = 40
-MakeSubject = Callable[..., ExportedRanks]
 
 
 @pytest.fixture(scope="session")

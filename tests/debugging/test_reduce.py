@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from planted import STEPS, LargeEpsilon, SwappedGateAndUp, passes_with
+from planted import STEPS, LargeEpsilon, MakeSubject, SwappedGateAndUp, passes_with
 
 from moecompiler.debugging import reduce as reduce_module
 from moecompiler.debugging.bisect import Culprit, bisect, culprit_of
@@ -33,7 +33,7 @@ def find(subject: ExportedRanks, steps: tuple[Pass, ...]) -> Culprit:
     )
 
 
-def test_a_planted_mistake_reproduces_from_the_folder_alone(subject_of, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_planted_mistake_reproduces_from_the_folder_alone(subject_of: MakeSubject, tmp_path: Path) -> None:
     subject = subject_of("ep2")
     steps = passes_with(SwappedGateAndUp(3), STEPS)
     culprit = find(subject, steps)
@@ -60,7 +60,9 @@ def test_a_planted_mistake_reproduces_from_the_folder_alone(subject_of, tmp_path
     assert json.loads((tmp_path / "rewrite.json").read_text())["seeded_weights"] is False
 
 
-def test_large_weights_are_replaced_by_random_ones(subject_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_large_weights_are_replaced_by_random_ones(
+    subject_of: MakeSubject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reduce_module, "LARGEST_WEIGHTS", 1000)
     subject = subject_of("ep2")
     steps = passes_with(SwappedGateAndUp(3), STEPS)
@@ -71,7 +73,7 @@ def test_large_weights_are_replaced_by_random_ones(subject_of, tmp_path: Path, m
     assert (reproduce(tmp_path), reproduce(tmp_path, (FuseMoE(),))) == (1, 0)
 
 
-def test_every_pass_s_rewrite_can_be_made_again(subject_of, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_every_pass_s_rewrite_can_be_made_again(subject_of: MakeSubject, tmp_path: Path) -> None:
     """The graph that is cut out holds all that the pass looks at, and no more than a layer."""
     subject = subject_of("one-rank")
     _, results = run_passes(FUSE, subject.load()[0])
@@ -88,7 +90,7 @@ def test_every_pass_s_rewrite_can_be_made_again(subject_of, tmp_path: Path) -> N
         assert run_passes((step,), reduced.before, allow_missed=True)[1][0].matches > 0, step.name
 
 
-def test_the_smallest_graph_around_a_norm(subject_of) -> None:  # type: ignore[no-untyped-def]
+def test_the_smallest_graph_around_a_norm(subject_of: MakeSubject) -> None:
     subject = subject_of("pp2")
     steps = passes_with(LargeEpsilon(5), STEPS)
     reduced = reduce_rewrite(subject, steps, find(subject, steps))

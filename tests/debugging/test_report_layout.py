@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from moecompiler.debugging.report.layout import layered
 
+Graph = tuple[list[tuple[float, float]], list[tuple[int, int]]]
 SIZES = st.tuples(st.floats(10, 300), st.floats(10, 120))
 
 
 @st.composite
-def graphs(draw: st.DrawFn) -> tuple[list[tuple[float, float]], list[tuple[int, int]]]:
+def graphs(draw: st.DrawFn) -> Graph:
     """Boxes and edges from earlier ones to later ones, some of them twice."""
     sizes = draw(st.lists(SIZES, min_size=1, max_size=14))
     pairs = list(combinations(range(len(sizes)), 2))
@@ -25,7 +26,7 @@ def graphs(draw: st.DrawFn) -> tuple[list[tuple[float, float]], list[tuple[int, 
 
 @settings(max_examples=60, deadline=None)
 @given(graphs())
-def test_boxes_are_apart_and_edges_run_down(graph) -> None:  # type: ignore[no-untyped-def]
+def test_boxes_are_apart_and_edges_run_down(graph: Graph) -> None:
     sizes, edges = graph
     placed = layered(sizes, edges)
     boxes = [
@@ -48,7 +49,7 @@ def test_boxes_are_apart_and_edges_run_down(graph) -> None:  # type: ignore[no-u
 
 @settings(max_examples=60, deadline=None)
 @given(graphs())
-def test_edges_pass_beside_boxes(graph) -> None:  # type: ignore[no-untyped-def]
+def test_edges_pass_beside_boxes(graph: Graph) -> None:
     """Where an edge goes straight down, it goes through no box but its own."""
     sizes, edges = graph
     placed = layered(sizes, edges)

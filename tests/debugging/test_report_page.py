@@ -48,7 +48,7 @@ class Page(HTMLParser):
             self.scripts[-1] += data
 
     @property
-    def data(self) -> dict:  # type: ignore[type-arg]
+    def data(self) -> dict[str, Any]:
         return json.loads(self.scripts[0])
 
     def count(self, tag: str, **attributes: str) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 from graphs import program, whole
-from planted import STEPS, BadConstant
+from planted import STEPS, BadConstant, MakeSubject
 
 from moecompiler.debugging.region import changed_region
 from moecompiler.debugging.report.fragment import Fragment, Mark
@@ -48,7 +48,7 @@ def check(step: Pass, before: Program, numbers: list[int]) -> None:
         assert not {*marked(each.before, Mark.context)} & {*region.removed, *region.added}
 
 
-def test_rewrites_of_an_export(subject_of) -> None:  # type: ignore[no-untyped-def]
+def test_rewrites_of_an_export(subject_of: MakeSubject) -> None:
     (before,) = subject_of("one-rank", tidy=False).load()
     for step in named_pipelines()["plugins"][:5]:
         after, result = apply(step, before)
@@ -57,14 +57,14 @@ def test_rewrites_of_an_export(subject_of) -> None:  # type: ignore[no-untyped-d
         before = after
 
 
-def test_rewrites_that_fuse(subject_of) -> None:  # type: ignore[no-untyped-def]
+def test_rewrites_that_fuse(subject_of: MakeSubject) -> None:
     (before,) = subject_of("one-rank").load()
     for step in STEPS:
         check(step, before, [1, -1])
         before, _ = apply(step, before)
 
 
-def test_a_picture_has_neighbours_types_and_weights(subject_of) -> None:  # type: ignore[no-untyped-def]
+def test_a_picture_has_neighbours_types_and_weights(subject_of: MakeSubject) -> None:
     (before,) = subject_of("one-rank").load()
     first = recorded(STEPS[0], before)[0]
     (norm,) = (node for node in first.after.nodes if node.mark == Mark.added)
@@ -77,7 +77,7 @@ def test_a_picture_has_neighbours_types_and_weights(subject_of) -> None:  # type
     assert around == [node.op for node in first.before.nodes if node.mark == Mark.context]
 
 
-def test_alike_rewrites_are_one_kind(subject_of) -> None:  # type: ignore[no-untyped-def]
+def test_alike_rewrites_are_one_kind(subject_of: MakeSubject) -> None:
     """On two ranks of four layers each; the last attention also leaves what made its masks and angles without a reader."""
     before = subject_of("ep2").load()
     for step in STEPS[:3]:
@@ -182,7 +182,9 @@ def take_out(graph: gs.Graph, weights: dict[str, Recipe]) -> None:
         (take_out, ["-a", "~b"], ["~b"]),
     ],
 )
-def test_every_way_to_change_a_graph_is_seen(change, before: list[str], after: list[str]) -> None:  # type: ignore[no-untyped-def]
+def test_every_way_to_change_a_graph_is_seen(
+    change: Callable[..., object], before: list[str], after: list[str]
+) -> None:
     signs = {Mark.removed: "-", Mark.added: "+", Mark.changed: "~"}
     (each,) = recorded(Does(change), program(GRAPH, {"w": whole("w", 2, 2)}))
     for fragment, expected in ((each.before, before), (each.after, after)):
@@ -190,7 +192,7 @@ def test_every_way_to_change_a_graph_is_seen(change, before: list[str], after: l
         assert found == expected
 
 
-def test_what_a_pass_does_without_a_rewrite_is_shown_too(subject_of) -> None:  # type: ignore[no-untyped-def]
+def test_what_a_pass_does_without_a_rewrite_is_shown_too(subject_of: MakeSubject) -> None:
     (before,) = subject_of("one-rank").load()
     (each,) = recorded(BadConstant(1), before)
     assert each.change.number == 0
@@ -210,7 +212,7 @@ def test_what_a_pass_does_without_a_rewrite_is_shown_too(subject_of) -> None:  #
         (lambda node, x, p: None, set()),
     ],
 )
-def test_touched_nodes_are_noted(change, expected: set[str]) -> None:  # type: ignore[no-untyped-def]
+def test_touched_nodes_are_noted(change: Callable[..., object], expected: set[str]) -> None:
     """By onnx-graphsurgeon's own means, which nothing but its code says will stay: were they to go, the report would be slow."""
     text = 'agraph (float[2] x, float[2] w) => (float[2] y, float[2] z) { ["a"] p = Neg (x) ["b"] y = Exp (p) ["c"] z = Abs (w) }'
     graph = gs.import_onnx(program(text).model)

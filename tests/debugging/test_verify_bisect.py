@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from planted import STEPS, BadConstant, LargeEpsilon, SwappedGateAndUp, passes_with
+from planted import STEPS, BadConstant, LargeEpsilon, MakeSubject, SwappedGateAndUp, passes_with
 
 from moecompiler.debugging.bisect import Prefix, Probe, bisect, culprit_of, first_bad, make
 from moecompiler.debugging.subject import ExportedRanks
@@ -18,13 +19,13 @@ pytestmark = pytest.mark.xdist_group("debugging")
 PLUGINS = named_pipelines()["plugins"]
 
 
-def accuracy(subject: ExportedRanks):  # type: ignore[no-untyped-def]
+def accuracy(subject: ExportedRanks) -> Callable[[Probe], bool]:
     reference = subject.run(subject.load())
     return lambda probe: outputs_differ(subject.run(probe.programs), reference, subject.tolerance).passed
 
 
 @pytest.mark.parametrize(("mapping", "dtype"), [("one-rank", "float16"), ("ep2-pp2", "float32")])
-def test_every_pass_keeps_the_numbers(subject_of, mapping: str, dtype: str) -> None:  # type: ignore[no-untyped-def]
+def test_every_pass_keeps_the_numbers(subject_of: MakeSubject, mapping: str, dtype: str) -> None:
     rows = [row for row, _ in verify(subject_of(mapping, dtype, tidy=False), PLUGINS)]
     assert [row.name for row in rows] == ["given", *(step.name for step in PLUGINS)]
     assert all(row.passed for row in rows)
@@ -33,7 +34,7 @@ def test_every_pass_keeps_the_numbers(subject_of, mapping: str, dtype: str) -> N
     assert sum(row.matches for row in rows) > 100
 
 
-def test_verify_stops_at_the_first_wrong_pass_and_names_the_layer(subject_of) -> None:  # type: ignore[no-untyped-def]
+def test_verify_stops_at_the_first_wrong_pass_and_names_the_layer(subject_of: MakeSubject) -> None:
     """On two ranks, a mistake in layer 2 of both."""
     rows = [row for row, _ in verify(subject_of("ep2"), passes_with(SwappedGateAndUp(3), STEPS), against_hf=False)]
     assert rows[-1].name == "fuse-moe"
@@ -43,7 +44,7 @@ def test_verify_stops_at_the_first_wrong_pass_and_names_the_layer(subject_of) ->
     assert all(row.passed and row.hf is None for row in rows[:-1])
 
 
-def test_bisect_names_the_third_match_of_a_pass(subject_of) -> None:  # type: ignore[no-untyped-def]
+def test_bisect_names_the_third_match_of_a_pass(subject_of: MakeSubject) -> None:
     """Four layers have nine norms; the third is the first of layer 1."""
     subject = subject_of("one-rank")
     culprit = bisect(subject, passes_with(LargeEpsilon(3), STEPS), accuracy(subject))
@@ -55,7 +56,7 @@ def test_bisect_names_the_third_match_of_a_pass(subject_of) -> None:  # type: ig
     assert replace(culprit, probes=0) == culprit_of(subject, STEPS, 0, culprit.change.number)
 
 
-def test_bisect_names_the_rank(subject_of) -> None:  # type: ignore[no-untyped-def]
+def test_bisect_names_the_rank(subject_of: MakeSubject) -> None:
     """Of two pipeline stages with two layers each the first has four norms, the second five."""
     subject = subject_of("pp2")
     steps = passes_with(LargeEpsilon(5), STEPS)
@@ -64,13 +65,13 @@ def test_bisect_names_the_rank(subject_of) -> None:  # type: ignore[no-untyped-d
     assert (culprit.rank, culprit.change.module) == (1, "model.norm")
 
 
-def test_a_pass_that_breaks_things_without_a_rewrite(subject_of) -> None:  # type: ignore[no-untyped-def]
+def test_a_pass_that_breaks_things_without_a_rewrite(subject_of: MakeSubject) -> None:
     subject = subject_of("one-rank")
     culprit = bisect(subject, passes_with(BadConstant(0), STEPS), accuracy(subject))
     assert (culprit.name, culprit.change) == ("fuse-rms-norm", None)
 
 
-def test_nothing_to_find(subject_of) -> None:  # type: ignore[no-untyped-def]
+def test_nothing_to_find(subject_of: MakeSubject) -> None:
     subject = subject_of("one-rank")
     with pytest.raises(UserError, match="holds after all passes"):
         bisect(subject, STEPS, lambda probe: True)
@@ -80,7 +81,7 @@ def test_nothing_to_find(subject_of) -> None:  # type: ignore[no-untyped-def]
         culprit_of(subject, STEPS, 0, 99999)
 
 
-def test_each_probe_starts_from_files(subject_of) -> None:  # type: ignore[no-untyped-def]
+def test_each_probe_starts_from_files(subject_of: MakeSubject) -> None:
     """A check that spoils the programs it is given does not mislead later ones."""
     subject = subject_of("one-rank")
     good = accuracy(subject)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from programs import GRID, random_passage, random_subject, run_ranks
+from programs import GRID, Subject, random_passage, random_subject, run_ranks
 from readers import ArrayReader
 
 from moecompiler.backends.base import EngineLimits
@@ -32,7 +32,7 @@ EP2 = ("ep2-pp2", "float32")
 
 
 @functools.cache
-def subject():  # type: ignore[no-untyped-def]
+def subject() -> Subject:
     return random_subject(num_hidden_layers=2, num_local_experts=4, sliding_window=9)
 
 
