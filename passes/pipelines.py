@@ -18,6 +18,7 @@ from moecompiler.passes.restore import Restore
 from moecompiler.passes.standard_ops import StandardOps
 from moecompiler.pipeline import Pass
 
+AUTO = "auto"
 OOTB = "ootb"
 PLUGINS = "plugins"
 DEBUG = "debug"
@@ -50,6 +51,11 @@ def named_pipelines() -> dict[str, tuple[Pass, ...]]:
         "tensorrt": plugins,
         "tensorrt-rtx": standard,
     }
+
+
+def default_pipeline(backend: str) -> str:
+    """What ``auto`` stands for: fused ops where they run as plugins, plain operators elsewhere."""
+    return backend if backend == "tensorrt" else OOTB
 
 
 def passes_by_name() -> dict[str, Pass]:

@@ -52,7 +52,7 @@ def build(
     check_engine(Job.of(source), engine, max_seq_len)
     check_engine_dir(output_dir)
     if source.stage == "export":
-        run_optimize(source, output_dir / "optimize", passes, instruments, work)
+        run_optimize(source, output_dir / "optimize", passes.for_backend(engine.backend), instruments, work)
         source = Artifact.open(output_dir / "optimize", ("optimize",))
     for note in run_build(source, output_dir, engine, work, max_seq_len):
         print(note)

@@ -35,6 +35,7 @@ def compile_(
     work: WorkFlags,
 ) -> None:
     """Compile a checkpoint into engines: export + optimize + build."""
+    passes = passes.for_backend(engine.backend)
     check_instruments(instruments, passes.selection)
     job = make_job(source, parallel, graph)
     for note in run_compile(job, output_dir, engine, passes, instruments, work):

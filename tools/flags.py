@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from moecompiler.passes.pipelines import OOTB
+from moecompiler.passes.pipelines import AUTO, default_pipeline
 from moecompiler.passes.selection import Selection
 from moecompiler.tools import engine_options as eng
 from moecompiler.tools import options as opt
@@ -45,7 +45,7 @@ class GraphFlags:
 class SelectionFlags:
     """Which passes run."""
 
-    pipeline: opt.Pipeline = OOTB
+    pipeline: opt.Pipeline = AUTO
     only_pass: opt.OnlyPass = None
     disable_pass: opt.DisablePass = None
     stop_after: opt.StopAfter = ""
@@ -53,7 +53,12 @@ class SelectionFlags:
 
     @property
     def selection(self) -> Selection:
-        return Selection(self.pipeline, tuple(self.only_pass or ()), tuple(self.disable_pass or ()), self.stop_after)
+        pipeline = default_pipeline("") if self.pipeline == AUTO else self.pipeline
+        return Selection(pipeline, tuple(self.only_pass or ()), tuple(self.disable_pass or ()), self.stop_after)
+
+    def for_backend(self, backend: str) -> SelectionFlags:
+        """With the pipeline of its own that ``auto`` stands for."""
+        return replace(self, pipeline=default_pipeline(backend)) if self.pipeline == AUTO else self
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def run_optimize(
         from moecompiler.tools.passes.verify import require_verified
 
         require_verified(source.directory, passes)
-    header = source.header | {"pipeline": passes.pipeline, "passes": [step.name for step in steps]}
+    header = source.header | {"pipeline": passes.selection.pipeline, "passes": [step.name for step in steps]}
     made_by = (
         code_fingerprint(),
         identity(steps),

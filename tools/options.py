@@ -117,7 +117,9 @@ GatherContextLogits = Annotated[
 Pipeline = Annotated[
     str,
     typer.Option(
-        "--pipeline", help="Which passes to run: pipelines or passes, joined by commas.", rich_help_panel=_PASSES
+        "--pipeline",
+        help="Which passes to run: pipelines or passes, joined by commas; auto: plugins on tensorrt, else ootb.",
+        rich_help_panel=_PASSES,
     ),
 ]
 OnlyPass = Annotated[

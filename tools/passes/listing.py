@@ -34,10 +34,10 @@ def list_(passes: SelectionFlags, as_json: opt.Json = False) -> None:
     rows = [describe(step, label(index, step.name)) for index, step in enumerate(steps, 1)]
     others = [*mine, *theirs]
     if as_json:
-        print(json.dumps({"pipeline": passes.pipeline, "passes": rows, "others": others}, indent=2))
+        print(json.dumps({"pipeline": passes.selection.pipeline, "passes": rows, "others": others}, indent=2))
         return
     console = Console(highlight=False)
-    for title, each in ((f"pipeline {passes.pipeline}", rows), ("others, by name", others)):
+    for title, each in ((f"pipeline {passes.selection.pipeline}", rows), ("others, by name", others)):
         console.print(title, style="bold", markup=False)
         console.print(_table(each))
     console.print(f"pipelines: {', '.join(named_pipelines())}", markup=False)

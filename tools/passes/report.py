@@ -51,7 +51,7 @@ def report(
             subject,
             steps,
             str(target),
-            passes.pipeline,
+            passes.selection.pipeline,
             checked=verify,
             against_hf=hf,
             told=lambda row: status.update(f"after {label(row.index, row.name)}") if status is not None else None,
