@@ -9,7 +9,6 @@ import onnx_graphsurgeon as gs
 import pytest
 from graphs import program, whole
 
-from moecompiler.debugging import touching
 from moecompiler.debugging.explain import Explained, explain
 from moecompiler.debugging.explain_text import explained_text
 from moecompiler.debugging.touching import touches
@@ -154,17 +153,6 @@ def test_nodes_that_die() -> None:
     after, result, found = touches(CutsOff(), program(TWICE), lambda name: name.startswith(("a/", "b/")), first=7)
     assert [(each.change.number, each.removed) for each in found] == [(8, ("a/Abs_0", "b/Abs_1", "b/Neg_2"))]
     assert ([change.number for change in result.changes], len(after.model.graph.node)) == ([7, 8], 1)
-
-
-def test_very_many_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each rewrite at one of them is told, and no more, for that would take as long as there are nodes times rewrites."""
-    monkeypatch.setattr(touching, "_MOST_WATCHED", 1)
-    found = explain(program(TWICE), (CommonSubexpressions(), CutsOff()), "b")
-    (touch,) = found.verdicts[0].touches
-    assert (touch.change.node, touch.removed, touch.changed) == ("b/Abs_1", ("b/Abs_1",), ())
-    found = explained("model", (ConstantFolding(), CleanUp()))
-    assert [len(verdict.touches) for verdict in found.verdicts] == [0, 1]
-    assert "02-clean-up: 1 rewrite, nodes: 1 removed\n    1: removed Identity, at " in explained_text(found)
 
 
 def test_a_pass_that_says_nothing() -> None:

@@ -14,7 +14,7 @@ from moecompiler.debugging.region import changed_region
 from moecompiler.debugging.report.fragment import Fragment, Mark
 from moecompiler.debugging.report.kinds import kinds_of, without_numbers
 from moecompiler.debugging.report.recording import Recorded, record
-from moecompiler.debugging.report.touched import Touched
+from moecompiler.debugging.touched import Touched
 from moecompiler.graph import Program
 from moecompiler.passes.pipelines import named_pipelines
 from moecompiler.pipeline import Pass, Rewrite, apply

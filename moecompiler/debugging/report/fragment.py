@@ -14,6 +14,8 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto, numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from moecompiler.debugging.watching import Held
+
 MOST_ELEMENTS = 8  # of a constant that is written out
 
 
@@ -92,23 +94,6 @@ def make_node(held: Held, mark: Mark, types: Mapping[str, str]) -> Node:
         tuple((slot, t.name) for slot, t in slots if not isinstance(t, gs.Constant)),
         tuple(tensor.name for tensor in held.outputs if tensor.name),
     )
-
-
-@dataclass(frozen=True)
-class Held:
-    """What a node was when it was looked at; tensors and attribute values are the graph's own objects."""
-
-    node: gs.Node
-    name: str
-    domain: str | None
-    op: str
-    inputs: tuple[gs.Tensor, ...]
-    outputs: tuple[gs.Tensor, ...]
-    attrs: dict[str, Any]
-
-    @staticmethod
-    def of(node: gs.Node) -> Held:
-        return Held(node, node.name, node.domain, node.op, tuple(node.inputs), tuple(node.outputs), dict(node.attrs))
 
 
 def type_text(tensor: gs.Tensor, types: Mapping[str, str]) -> str:

@@ -13,7 +13,7 @@ import onnx_graphsurgeon as gs
 
 from moecompiler.debugging.report.fragment import Fragment
 from moecompiler.debugging.report.surroundings import fragments
-from moecompiler.debugging.report.watching import Watched
+from moecompiler.debugging.watching import Watched
 from moecompiler.graph import Program, module_of
 from moecompiler.graph_text import types_by_name
 from moecompiler.pipeline import Change, Pass

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import onnx_graphsurgeon as gs
 
-from moecompiler.debugging.report.fragment import Fragment, Held, Mark, Node, Tensor, make_node, type_text
-from moecompiler.debugging.report.watching import Changed, Watched
+from moecompiler.debugging.report.fragment import Fragment, Mark, Node, Tensor, make_node, type_text
+from moecompiler.debugging.watching import Changed, Held, Watched
 
 MOST_READERS = 3  # of one tensor that are drawn for context
 MOST_CHANGED = 6  # nodes that read something else, of one rewrite: a constant may have a reader in every layer

@@ -10,9 +10,25 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
-from moecompiler.debugging.report.fragment import Held
-from moecompiler.debugging.report.touched import Touched
+from moecompiler.debugging.touched import Touched
 from moecompiler.weights import Recipe
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a node was when it was looked at; tensors and attribute values are the graph's own objects."""
+
+    node: gs.Node
+    name: str
+    domain: str | None
+    op: str
+    inputs: tuple[gs.Tensor, ...]
+    outputs: tuple[gs.Tensor, ...]
+    attrs: dict[str, Any]
+
+    @staticmethod
+    def of(node: gs.Node) -> Held:
+        return Held(node, node.name, node.domain, node.op, tuple(node.inputs), tuple(node.outputs), dict(node.attrs))
 
 
 @dataclass(frozen=True)
