@@ -186,7 +186,8 @@ elif sys.argv[1:] == ["long import"]:
 
 
 def wait_for_long(item: int, progress: ProgressFn) -> None:
-    print(os.getpid(), signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []), flush=True)
+    blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    os.write(1, f"{os.getpid()} {blocked}\n".encode())  # at once: two workers write to one pipe
     time.sleep(60)
 
 
