@@ -25,7 +25,7 @@ from moecompiler.graph import (
     weight_tensor,
 )
 from moecompiler.shape_inference import infer_symbolic_shapes
-from moecompiler.weights import NUMPY_DTYPES, Piece, Recipe, Shape
+from moecompiler.weights import NUMPY_DTYPES, Shape, whole
 
 _OLDEST_OPSET = 18  # torch's default; what came since then is converted node by node
 _TRACED_NAME = re.compile(r"/(.+)/[^/]+")
@@ -46,7 +46,7 @@ class OnnxReader:
     def files(self) -> set[Path]:
         """The files that are read, with links followed."""
         external = (each for each in self.tensors.values() if each.data_location == TensorProto.EXTERNAL)
-        return {(self.directory / _external(each)[0]).resolve() for each in external}
+        return {(self.directory / external_place(each)[0]).resolve() for each in external}
 
     def read(self, name: str, start: Shape, shape: Shape) -> np.ndarray:
         """The box of ``shape`` at ``start``; of a tensor in a file of its own, nothing else is read."""
@@ -54,7 +54,7 @@ class OnnxReader:
         box = tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))
         if tensor.data_location != TensorProto.EXTERNAL:
             return numpy_helper.to_array(tensor)[box]
-        location, offset, _ = _external(tensor)
+        location, offset, _ = external_place(tensor)
         dtype = NUMPY_DTYPES[_NAMES[tensor.data_type]]
         return np.memmap(self.directory / location, dtype, "r", offset, tuple(tensor.dims))[box]
 
@@ -91,7 +91,11 @@ def open_foreign(path: Path) -> tuple[Program, OnnxReader]:
     inner = {
         name for branch in branches for node in branch.node for name in node.input
     }  # graphs within hold data alone
-    weights = {name: _whole(each) for name, each in tensors.items() if _is_weight(each) and name not in inner}
+    weights = {
+        name: whole(name, _NAMES[each.data_type], tuple(each.dims))
+        for name, each in tensors.items()
+        if _is_weight(each) and name not in inner
+    }
     reader = OnnxReader(path.parent, {name: _copy(tensors[name]) for name in weights})
     _load_all_but(weights, path, (model.graph, *branches))
     for index, tensor in enumerate(model.graph.initializer):
@@ -188,21 +192,14 @@ def _is_weight(tensor: TensorProto) -> bool:
     return math.prod(tensor.dims) * NUMPY_DTYPES[name].itemsize >= _SMALLEST_WEIGHT
 
 
-def _whole(tensor: TensorProto) -> Recipe:
-    shape = tuple(tensor.dims)
-    zeros = (0,) * len(shape)
-    piece = Piece(tensor.name, zeros, shape, zeros, tuple(range(len(shape))))
-    return Recipe(_NAMES[tensor.data_type], shape, (piece,))
-
-
 def _copy(tensor: TensorProto) -> TensorProto:
     copy = TensorProto()
     copy.CopyFrom(tensor)
     return copy
 
 
-def _external(tensor: TensorProto) -> tuple[str, int, int | None]:
-    """Location, offset and length, the last None where the file does not say."""
+def external_place(tensor: TensorProto) -> tuple[str, int, int | None]:
+    """Where the data of an external tensor are: location, offset and length, the last None where the file does not say."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     length = entries.get("length")
     return entries.get("location", ""), int(entries.get("offset", 0)), None if length is None else int(length)
@@ -213,7 +210,7 @@ def _check_external(path: Path, tensors: Iterable[TensorProto]) -> None:
     for tensor in tensors:
         if tensor.data_location != TensorProto.EXTERNAL:
             continue
-        location, offset, length = _external(tensor)
+        location, offset, length = external_place(tensor)
         where = f"{path}: the data of {tensor.name} is said to be in {location!r}"
         if not location or Path(location).is_absolute() or not (folder / location).resolve().is_relative_to(folder):
             raise UserError(f"{where}, outside the file's own folder: it is not read")

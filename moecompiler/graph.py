@@ -26,7 +26,7 @@ from moecompiler.weights import Recipe
 OPSET = 21
 IR_VERSION = 10
 DOMAIN = "moecompiler"
-COLLECTIVES = ("AllReduce", "AllGather")
+COLLECTIVES = ("AllReduce", "AllGather")  # ops without a body: every backend has its own
 SCOPES = "pkg.torch.onnx.name_scopes"  # where torch's exporter notes the modules a node comes from
 
 ONNX_DTYPES = {
@@ -53,6 +53,12 @@ def node_name(module: str, name: str) -> str:
 def module_of(name: str) -> str:
     """The HF module a node's name says it comes from; empty where it says none."""
     return name.rpartition("/")[0]
+
+
+def enclosing_modules(module: str) -> list[str]:
+    """The HF modules that hold one, outermost first, and itself."""
+    parts = module.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
 def name_in_scopes(scopes: str, name: str) -> str:
@@ -92,6 +98,13 @@ def point_weights_at(program: Program, location: str) -> Program:
             pointer = weight_tensor(tensor.name, recipe, location, offsets[tensor.name])
             model.graph.initializer[index].CopyFrom(pointer)
     return Program(model, program.weights)
+
+
+def floating_type(program: Program) -> str:
+    """The floating-point type of a rank's graph: that of its KV cache."""
+    names = {code: name for name, code in ONNX_DTYPES.items() if name != "int64"}
+    types = (value.type.tensor_type.elem_type for value in program.model.graph.input)
+    return next((names[each] for each in types if each in names), "float32")
 
 
 def serialize(program: Program, stem: str) -> tuple[bytes, bytes]:

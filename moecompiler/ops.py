@@ -19,7 +19,6 @@ from onnx import parser
 from moecompiler.graph import DOMAIN, OPSET
 
 VERSION = 1
-COLLECTIVES = ("AllReduce", "AllGather")  # ops without a body: every backend has its own
 
 
 def plugin_name(op: str) -> str:

@@ -89,6 +89,12 @@ class Recipe:
         return Recipe(data["dtype"], shape, pieces)
 
 
+def whole(source: str, dtype: str, shape: Shape) -> Recipe:
+    """All of a source tensor, as it is."""
+    zeros = (0,) * len(shape)
+    return Recipe(dtype, shape, (Piece(source, zeros, shape, zeros, tuple(range(len(shape)))),))
+
+
 def joined(recipes: Sequence[Recipe], axis: int) -> Recipe:
     """The tensors one after another along ``axis``. Raises: ValueError where they do not fit together."""
     first = recipes[0]

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import onnx_graphsurgeon as gs
 
-from moecompiler.graph import DOMAIN, module_of
+from moecompiler.graph import DOMAIN, enclosing_modules, module_of
 from moecompiler.ops import OpSpec
 from moecompiler.passes.pattern import Match, Miss, Op, match
 from moecompiler.pipeline import Missed, Rewrite
@@ -63,7 +63,7 @@ class PatternPass:
         """The modules in which the pass should have matched and did not, each with its nearest miss."""
         members: dict[str, list[gs.Node]] = {}
         for node in graph.nodes:
-            for module in _ancestors(module_of(node.name)):
+            for module in enclosing_modules(module_of(node.name)):
                 if re.fullmatch(self.modules, module):
                     members.setdefault(module, []).append(node)
         result = []
@@ -90,9 +90,3 @@ class PatternPass:
             if miss.depth > nearest.depth:
                 nearest = miss
         return nearest
-
-
-def _ancestors(module: str) -> list[str]:
-    """The module itself and those that hold it."""
-    parts = module.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]

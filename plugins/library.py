@@ -41,7 +41,7 @@ class TensorRTPlugins:
         """Why no plugin can stand for this node; None where one can."""
         import onnx
 
-        from moecompiler.ops import COLLECTIVES
+        from moecompiler.graph import COLLECTIVES
         from moecompiler.plugins.tactics import tactics
 
         if node.op_type in COLLECTIVES:

@@ -17,8 +17,8 @@ import numpy as np
 import tensorrt as trt
 
 from moecompiler.errors import UserError
-from moecompiler.graph import DOMAIN
-from moecompiler.ops import COLLECTIVES, VERSION, Value, plugin_name
+from moecompiler.graph import COLLECTIVES, DOMAIN
+from moecompiler.ops import VERSION, Value, plugin_name
 from moecompiler.plugins.collective_plugin import CollectiveCreator
 from moecompiler.plugins.driver import Function, load, run
 from moecompiler.plugins.fields import CUBINS, PLAN, Baked, BakedTactic, fingerprint, pack, unpack

@@ -12,7 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from moecompiler.graph import Program, weight_tensor
 from moecompiler.pipeline import Pass, apply
-from moecompiler.weights import Piece, Recipe, TensorReader, materialize
+from moecompiler.weights import Recipe, TensorReader, materialize
+from moecompiler.weights import whole as whole_tensor
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21, "moecompiler" : 1]>'
 
@@ -27,8 +28,7 @@ def program(text: str, weights: Mapping[str, Recipe] | None = None) -> Program:
 
 def whole(name: str, *shape: int, dtype: str = "float32") -> Recipe:
     """The recipe of all of a checkpoint's tensor."""
-    zeros = (0,) * len(shape)
-    return Recipe(dtype, shape, (Piece(name, zeros, shape, zeros, tuple(range(len(shape)))),))
+    return whole_tensor(name, dtype, shape)
 
 
 def facts(it: Program) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from moecompiler.atomic import temporary_path
 from moecompiler.backends.base import BuildSettings, EngineLimits, PluginLibrary
+from moecompiler.backends.libraries import import_library
 from moecompiler.backends.tensorrt_profiles import prefill_rows, profiles
 from moecompiler.backends.tensorrt_program import Prepared, prepare, serialized
 from moecompiler.backends.tensorrt_record import Made, Record, check_fits
-from moecompiler.errors import UserError
-from moecompiler.graph import Program
+from moecompiler.graph import Program, floating_type
 from moecompiler.packing import pack
 from moecompiler.plugin_switches import Mode
 from moecompiler.weights import Recipe, TensorReader
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from moecompiler.backends.tensorrt_session import TensorRTSession
 
 _WEIGHTS_SHARE = 0.3  # of a build's progress, the rest is the builder's
-_DTYPES = {1: "float32", 10: "float16", 16: "bfloat16"}  # onnx.TensorProto.DataType
 
 
 class TensorRTBackend:
@@ -81,7 +80,7 @@ class TensorRTBackend:
         from moecompiler.backends.tensorrt_build import build_plan
 
         library = self._library()
-        prepared = prepare(program, settings, _dtype_of(program), self._made.sm, library)
+        prepared = prepare(program, settings, floating_type(program), self._made.sm, library)
         if prepared.plugins:
             library.register()
         names = ["plan", "engine.json", "layers.json", "timing", "onnx", *(["safetensors"] if prepared.bound else [])]
@@ -138,21 +137,7 @@ class TensorRTBackend:
 
 def import_tensorrt() -> Any:
     """The module. Raises: UserError where it is not installed, or does not load."""
-    try:
-        import tensorrt
-    except ImportError as error:
-        if error.name == "tensorrt":
-            raise UserError("TensorRT is not installed: pip install 'moecompiler[tensorrt]'") from None
-        raise UserError(f"TensorRT does not load ({error}): pip install 'moecompiler[tensorrt]'") from None
-    return tensorrt
-
-
-def _dtype_of(program: Program) -> str:
-    """The floating-point type of the graph: its caches'."""
-    for value in program.model.graph.input:
-        if dtype := _DTYPES.get(value.type.tensor_type.elem_type):
-            return dtype
-    return "float32"
+    return import_library("tensorrt", "TensorRT", "tensorrt")
 
 
 def _write_weights(

@@ -16,8 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from moecompiler.backends.base import BuildSettings, PluginLibrary
 from moecompiler.errors import UserError
-from moecompiler.graph import DOMAIN, Program, point_weights_at
-from moecompiler.ops import COLLECTIVES, VERSION, plugin_name
+from moecompiler.graph import COLLECTIVES, DOMAIN, Program, point_weights_at
+from moecompiler.ops import VERSION, plugin_name
 from moecompiler.plugin_switches import Mode, PluginSwitches
 from moecompiler.weights import NUMPY_DTYPES, Recipe, Shape
 

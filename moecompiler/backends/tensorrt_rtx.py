@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from moecompiler.atomic import temporary_path
 from moecompiler.backends.base import BuildSettings, EngineLimits
+from moecompiler.backends.libraries import import_library
 from moecompiler.backends.tensorrt_profiles import prefill_rows, profiles
 from moecompiler.backends.tensorrt_rtx_program import lower
 from moecompiler.errors import UserError
-from moecompiler.graph import ONNX_DTYPES, Program, point_weights_at
+from moecompiler.graph import Program, floating_type, point_weights_at
 from moecompiler.packing import pack
 from moecompiler.weights import TensorReader
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 DEFAULT_CAPABILITIES = ("8.9", "12.0")  # GeForce RTX 40 and 50
 _WEIGHTS_SHARE = 0.5  # of a build's progress, the rest is the builder's
-_FLOATS = {ONNX_DTYPES[dtype]: dtype for dtype in ("float32", "float16", "bfloat16")}
 
 
 class TensorRTRTXBackend:
@@ -84,7 +84,7 @@ class TensorRTRTXBackend:
         import_tensorrt_rtx()
         from moecompiler.backends.tensorrt_rtx_build import build_plan
 
-        lowered = lower(program, settings, dtype_of(program))
+        lowered = lower(program, settings, floating_type(program))
         names = ["plan", "engine.json", "onnx", *(["safetensors"] if lowered.bound else [])]
         staged = {f"{stem}.{name}": temporary_path(directory / f"{stem}.{name}") for name in names}
         graph, baked = (temporary_path(directory / f"{stem}.{name}") for name in ("parsed", "baked"))
@@ -134,19 +134,7 @@ class TensorRTRTXBackend:
 
 def import_tensorrt_rtx() -> Any:
     """The module. Raises: UserError where it is not installed, or does not load."""
-    try:
-        import tensorrt_rtx
-    except ImportError as error:
-        if error.name == "tensorrt_rtx":
-            raise UserError("TensorRT-RTX is not installed: pip install 'moecompiler[tensorrt-rtx]'") from None
-        raise UserError(f"TensorRT-RTX does not load ({error}): pip install 'moecompiler[tensorrt-rtx]'") from None
-    return tensorrt_rtx
-
-
-def dtype_of(program: Program) -> str:
-    """The floating-point type of a graph: that of its KV cache."""
-    types = (value.type.tensor_type.elem_type for value in program.model.graph.input)
-    return next((_FLOATS[each] for each in types if each in _FLOATS), "float32")
+    return import_library("tensorrt_rtx", "TensorRT-RTX", "tensorrt-rtx")
 
 
 def _capabilities(settings: BuildSettings) -> tuple[str, ...]:

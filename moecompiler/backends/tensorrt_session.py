@@ -22,7 +22,7 @@ from moecompiler.backends.tensorrt_messages import explain
 from moecompiler.backends.tensorrt_profiles import DECODE, PREFILL, bucket_of
 from moecompiler.backends.tensorrt_record import Record
 from moecompiler.errors import UserError
-from moecompiler.ops import COLLECTIVES
+from moecompiler.graph import COLLECTIVES
 from moecompiler.runtime.device import Buffer, Device, Graph, HostBuffer, Stream
 from moecompiler.runtime.weight_loading import load_weights
 from moecompiler.weights import NUMPY_DTYPES, Shape

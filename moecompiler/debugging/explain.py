@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 
 from moecompiler.debugging.touching import IsMine, Touch, touches
 from moecompiler.errors import UserError
-from moecompiler.graph import Program, module_of
+from moecompiler.graph import Program, enclosing_modules, module_of
 from moecompiler.graph_text import node_text, op_of, types_by_name
 from moecompiler.pipeline import Missed, Pass
 from moecompiler.weights import Recipe
@@ -165,9 +165,8 @@ def _nearest(step: Pass, graph: gs.Graph, weights: dict[str, Recipe], nodes: Seq
 def _place(step: Pass, node: gs.Node) -> str:
     """The module around a node in which the pass looks for its pattern; the node's own where it looks in none of them."""
     module = module_of(node.name)
-    parts = module.split(".")
-    around = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-    return next((each for each in around if re.fullmatch(getattr(step, "modules", ""), each)), module)
+    wanted = getattr(step, "modules", "")
+    return next((each for each in enclosing_modules(module) if re.fullmatch(wanted, each)), module)
 
 
 def _without_names(text: str, node: gs.Node) -> str:

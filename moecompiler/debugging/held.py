@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from moecompiler.foreign import name_after_modules, notes_modules
+from moecompiler.foreign import external_place, name_after_modules, notes_modules
 from moecompiler.graph import Program, load_program
 from moecompiler.graph_text import is_written_out, tensor_type
 from moecompiler.weights import Recipe
@@ -98,10 +98,10 @@ class Held:
         """Its data, flat, mapped from their file; None where that is missing or too short."""
         if self.tensor.data_location != TensorProto.EXTERNAL:
             return np.ascontiguousarray(numpy_helper.to_array(self.tensor)).reshape(-1).view(np.uint8)
-        entries = {entry.key: entry.value for entry in self.tensor.external_data}
+        location, offset, length = external_place(self.tensor)
         itemsize = helper.tensor_dtype_to_np_dtype(self.tensor.data_type).itemsize
-        size = int(entries.get("length", math.prod(self.tensor.dims) * itemsize))
-        offset, path = int(entries.get("offset", 0)), self.folder / entries.get("location", "")
+        size = math.prod(self.tensor.dims) * itemsize if length is None else length
+        path = self.folder / location
         if not path.is_file() or path.stat().st_size < offset + size:
             return None
         return np.memmap(path, np.uint8, "r", offset, (size,)) if size else np.zeros(0, np.uint8)

@@ -19,7 +19,7 @@ from moecompiler.graph import Program, load_program
 from moecompiler.pipeline import Pass, apply
 from moecompiler.safetensors_file import map_tensor, read_header
 from moecompiler.validation.place import Arrays
-from moecompiler.weights import Piece, Recipe, Shape, TensorReader
+from moecompiler.weights import Recipe, Shape, TensorReader, whole
 
 _SCRIPT = '''"""Shows that after.onnx does not compute what before.onnx does. Needs moecompiler and onnxruntime, no more.
 
@@ -64,7 +64,7 @@ def write_folder(reduced: Reduced, reader: TensorReader, folder: Path, facts: Ma
     _, stored = distinct_weights(programs)
     for file, program in programs.items():
         recipes = {
-            name: (recipe if reduced.seeded else _whole(stored[name, recipe], recipe)).to_json()
+            name: (recipe if reduced.seeded else _stored(stored[name, recipe], recipe)).to_json()
             for name, recipe in sorted(program.weights.items())
         }
         (folder / file).with_suffix(".weights.json").write_text(json.dumps(recipes))
@@ -110,12 +110,9 @@ def reproduce(folder: Path, anew: tuple[Pass, ...] = ()) -> int:
     return int(wrong)
 
 
-def _whole(name: str, recipe: Recipe) -> Recipe:
+def _stored(name: str, recipe: Recipe) -> Recipe:
     """The recipe of a tensor that is stored whole under ``name``."""
-    if recipe.values is not None:
-        return recipe
-    zeros = (0,) * len(recipe.shape)
-    return Recipe(recipe.dtype, recipe.shape, (Piece(name, zeros, recipe.shape, zeros, tuple(range(len(zeros)))),))
+    return recipe if recipe.values is not None else whole(name, recipe.dtype, recipe.shape)
 
 
 def _key(name: str) -> str:

@@ -22,10 +22,6 @@ class Region:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
-    @property
-    def empty(self) -> bool:
-        return not self.removed and not self.added
-
 
 def changed_region(before: Program, after: Program) -> Region:
     """The smallest region that holds all differences of two programs of which a pass made one of the other."""
