@@ -1,18 +1,26 @@
-"""Kernels to cubins, for any SM, with or without a GPU."""
+"""Kernels to cubins, for any SM, with or without a GPU: Triton's by Triton, CUDA C++'s by NVRTC."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
 
-from moecompiler.plugins.launch import Cubin, Kernel
+from moecompiler.plugins.launch import AnyKernel, Cubin, CudaKernel, Kernel
 
 
-def compile_kernel(kernel: Kernel, sm: int) -> Cubin:
+def compile_kernel(kernel: AnyKernel, sm: int) -> Cubin:
     """Compiles for compute capability ``sm`` (90 for 9.0). Triton keeps what it has compiled in its own cache.
 
-    Raises: whatever Triton raises where a kernel does not compile: that is a defect of ours, not of the input.
+    Raises: whatever the compiler raises where a kernel does not compile: that is a defect of ours, not of the input.
     """
+    if isinstance(kernel, CudaKernel):
+        from moecompiler.plugins.hopper.compile import compile_cuda
+
+        return compile_cuda(kernel, sm)
+    return _compile_triton(kernel, sm)
+
+
+def _compile_triton(kernel: Kernel, sm: int) -> Cubin:
     import triton
     from triton.backends.compiler import GPUTarget
 

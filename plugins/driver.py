@@ -5,9 +5,20 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from moecompiler.plugins.launch import Argument, Cubin, Input, Kernel, Launch, Output, Workspace
+from moecompiler.plugins.launch import (
+    AnyKernel,
+    Argument,
+    Cubin,
+    Input,
+    Kernel,
+    Launch,
+    Output,
+    TensorMap,
+    Workspace,
+)
 
 _DEFAULT_SHARED = 48 * 1024
 
@@ -21,14 +32,16 @@ def check(result: Any, *values: Any) -> Any:
 
 @dataclass(frozen=True)
 class Function:
-    """A loaded kernel. ``types`` are its arguments' ctypes, Triton's two hidden pointers included."""
+    """A loaded kernel. ``types`` are its arguments' ctypes, without the ``hidden`` ones; None for a tensor map, which says itself
+    where it is."""
 
     cubin: Cubin
     handle: Any
     types: tuple[Any, ...]
+    hidden: bool
 
 
-def load(cubin: Cubin, kernel: Kernel) -> Function:
+def load(cubin: Cubin, kernel: AnyKernel) -> Function:
     """Loads a kernel into the current context, with as much dynamic shared memory as it needs."""
     from cuda.bindings import driver
 
@@ -37,9 +50,9 @@ def load(cubin: Cubin, kernel: Kernel) -> Function:
     if cubin.shared > _DEFAULT_SHARED:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         check(*driver.cuFuncSetAttribute(handle, attribute, cubin.shared))
-    numbers = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
-    types = [ctypes.c_void_p if kind[0] == "*" else numbers[kind.partition(":")[0]] for _, kind in kernel.signature]
-    return Function(cubin, handle, (*types, ctypes.c_void_p, ctypes.c_void_p))
+    kinds = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float, "tensormap": None}
+    types = [ctypes.c_void_p if kind[0] == "*" else kinds[kind.partition(":")[0]] for _, kind in kernel.signature]
+    return Function(cubin, handle, tuple(types), isinstance(kernel, Kernel))
 
 
 def run(
@@ -53,7 +66,7 @@ def run(
 ) -> None:
     """Launches a plan on ``stream``; all addresses are device pointers. Nothing is allocated and nothing waited for."""
 
-    def value(argument: Argument) -> int | float:
+    def value(argument: Argument) -> Any:
         match argument:
             case Input(index):
                 return inputs[index]
@@ -61,15 +74,44 @@ def run(
                 return outputs[index]
             case Workspace(offset):
                 return workspace + offset
+            case TensorMap(base, dtype, sizes, strides, box):
+                return tensor_map(value(base), dtype, sizes, strides, box)
         return argument
 
     for launch in launches:
         function = functions[launch.kernel]
-        values = (*map(value, launch.args), scratch if function.cubin.scratch else 0, 0)
-        _launch(function, launch, values, stream)
+        values, types = tuple(map(value, launch.args)), function.types
+        if function.hidden:
+            values += (scratch if function.cubin.scratch else 0, 0)
+            types += (ctypes.c_void_p, ctypes.c_void_p)
+        _launch(function, launch, values, types, stream)
 
 
-def _launch(function: Function, launch: Launch, values: tuple[int | float, ...], stream: int) -> None:
+@cache
+def tensor_map(address: int, dtype: str, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> Any:
+    """See ``launch.TensorMap``. Kept: a decode step asks for the same ones every time."""
+    from cuda.bindings import driver
+
+    types = driver.CUtensorMapDataType
+    kind = {"float16": types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16, "bfloat16": types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16}[dtype]
+    return check(
+        *driver.cuTensorMapEncodeTiled(
+            kind,
+            len(sizes),
+            address,
+            [driver.cuuint64_t(size) for size in reversed(sizes)],
+            [driver.cuuint64_t(2 * stride) for stride in reversed(strides)],
+            [driver.cuuint32_t(size) for size in reversed(box)],
+            [driver.cuuint32_t(1)] * len(sizes),
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+
+
+def _launch(function: Function, launch: Launch, values: tuple[Any, ...], types: tuple[Any, ...], stream: int) -> None:
     from cuda.bindings import driver
 
     config = driver.CUlaunchConfig()
@@ -82,4 +124,4 @@ def _launch(function: Function, launch: Launch, values: tuple[int | float, ...],
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         attribute.value.programmaticStreamSerializationAllowed = 1
         config.attrs, config.numAttrs = [attribute], 1
-    check(*driver.cuLaunchKernelEx(config, function.handle, (values, function.types), 0))
+    check(*driver.cuLaunchKernelEx(config, function.handle, (values, types), 0))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moecompiler.plugins.launch import Cubin, Dims, Kernel
+from moecompiler.plugins.launch import AnyKernel, Cubin, Dims
 
 PLAN, CUBINS = "plan", "cubins"
 
@@ -38,7 +38,7 @@ class Baked:
     selected: int = 0
 
 
-def fingerprint(kernels: tuple[Kernel, ...]) -> str:
+def fingerprint(kernels: tuple[AnyKernel, ...]) -> str:
     """Kernels with the same fingerprint take the same arguments, in the same order."""
     return hashlib.sha256(repr(kernels).encode()).hexdigest()[:16]
 

@@ -1,13 +1,14 @@
 """What a plugin launches, as data: kernels to compile, what compiling them gives, and plans of launches.
 
-An op's folder has ``kernels.py``, Triton functions only, and ``launch.py``, whose ``tactics(op, attributes, dims, dtype, sm)``
+An op's folder has ``kernels.py``, Triton functions only, where Triton falls short of the hardware CUDA C++ (``.cu``) too, and
+``launch.py``, whose ``tactics(op, attributes, dims, dtype, sm)``
 says which ways there are to compute the op (``dims``: the inputs' shapes as far as the build knows them, -1 for what it does not;
 ``dtype``: ``float16``, ``bfloat16`` or ``float32``), none where only the op's body can. ``compile.py`` makes a ``Cubin`` of each
 ``Kernel``, for any SM, without a GPU; ``driver.py`` loads and launches them. Nothing here or in a plan needs Triton, so running
 an engine does not either.
 
 Triton's kernels take two hidden pointers after their own arguments: global scratch, of ``Cubin.scratch`` bytes per program of
-the grid (null where that is 0), and a profiler's (always null).
+the grid (null where that is 0), and a profiler's (always null). CUDA C++'s take none.
 """
 
 from __future__ import annotations
@@ -41,6 +42,25 @@ class Kernel:
     constants: tuple[tuple[str, int | float | bool | str], ...]
     num_warps: int = 4
     num_stages: int = 3
+
+
+@dataclass(frozen=True)
+class CudaKernel:
+    """A CUDA C++ function to be compiled by NVRTC.
+
+    ``source`` names a file of the package, as ``moecompiler.plugins.moe/grouped.cu``; ``constants`` become macros of it.
+    ``signature`` is as Triton's, with ``tensormap`` besides. ``shared``: bytes of dynamic shared memory.
+    """
+
+    source: str
+    function: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, int | float | bool | str], ...]
+    num_warps: int
+    shared: int
+
+
+AnyKernel = Kernel | CudaKernel
 
 
 @dataclass(frozen=True)
@@ -86,7 +106,20 @@ class Workspace:
     offset: int
 
 
-Argument = Input | Output | Workspace | int | float
+@dataclass(frozen=True)
+class TensorMap:
+    """How the copy engine sees memory from ``base`` on: ``sizes`` and ``box`` in elements of 16 bits, the axis of adjacent ones
+    last; ``strides`` in elements, one less than there are axes. A box lies in shared memory as swizzled rows of 128 bytes; what
+    of it is outside of ``sizes`` arrives as zeros (CUDA Driver API, ``cuTensorMapEncodeTiled``)."""
+
+    base: Input | Output | Workspace
+    dtype: str
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+
+
+Argument = Input | Output | Workspace | TensorMap | int | float
 
 
 @dataclass(frozen=True)
@@ -110,7 +143,7 @@ class Tactic(Protocol):
     def name(self) -> str: ...
 
     @property
-    def kernels(self) -> tuple[Kernel, ...]: ...
+    def kernels(self) -> tuple[AnyKernel, ...]: ...
 
     def workspace(self, dims: Dims) -> int:
         """Bytes of workspace, a multiple of ``ALIGNMENT``, without global scratch; grows with each dim."""

@@ -22,7 +22,7 @@ from moecompiler.ops import VERSION, Value, plugin_name
 from moecompiler.plugins.collective_plugin import CollectiveCreator
 from moecompiler.plugins.driver import Function, load, run
 from moecompiler.plugins.fields import CUBINS, PLAN, Baked, BakedTactic, fingerprint, pack, unpack
-from moecompiler.plugins.launch import Cubin, Dims, Kernel, Tactic, scratch_bytes
+from moecompiler.plugins.launch import AnyKernel, Cubin, Dims, Tactic, scratch_bytes
 from moecompiler.plugins.library import PluginOp
 from moecompiler.plugins.tactics import tactics
 from moecompiler.runtime.device import checked, driver
@@ -36,10 +36,10 @@ class Modules:
     """Kernels compiled and loaded, each once, however many nodes use them."""
 
     def __init__(self) -> None:
-        self._cubins: dict[tuple[Kernel, int], Cubin] = {}
+        self._cubins: dict[tuple[AnyKernel, int], Cubin] = {}
         self._functions: dict[tuple[int, Cubin], Function] = {}
 
-    def cubin(self, kernel: Kernel, sm: int) -> Cubin:
+    def cubin(self, kernel: AnyKernel, sm: int) -> Cubin:
         """The kernel compiled for ``sm``."""
         if (kernel, sm) not in self._cubins:
             from moecompiler.plugins.compile import compile_kernel
@@ -47,7 +47,7 @@ class Modules:
             self._cubins[kernel, sm] = compile_kernel(kernel, sm)
         return self._cubins[kernel, sm]
 
-    def function(self, kernel: Kernel, cubin: Cubin) -> Function:
+    def function(self, kernel: AnyKernel, cubin: Cubin) -> Function:
         """The kernel loaded into the current CUDA context."""
         key = int(checked(driver().cuCtxGetCurrent())), cubin
         if key not in self._functions:

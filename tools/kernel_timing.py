@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -14,7 +14,7 @@ import torch
 
 from moecompiler.plugins import driver
 from moecompiler.plugins.compile import compile_kernel
-from moecompiler.plugins.launch import ALIGNMENT, Dims, Input, Kernel, Launch, Output, Tactic, scratch_bytes
+from moecompiler.plugins.launch import ALIGNMENT, AnyKernel, Dims, Input, Kernel, Launch, Output, Tactic, scratch_bytes
 
 
 def compute_capability() -> int:
@@ -23,10 +23,14 @@ def compute_capability() -> int:
     return 10 * major + minor
 
 
-def compile_ahead(kernels: Iterable[Kernel], sm: int, processes: int) -> None:
-    """Compiles many kernels at once into Triton's cache."""
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        list(pool.map(partial(compile_kernel, sm=sm), dict.fromkeys(kernels)))
+def compile_ahead(kernels: Iterable[AnyKernel], sm: int, processes: int) -> None:
+    """Compiles many kernels at once: Triton's into its cache on disk, CUDA C++'s are kept by this process."""
+    distinct = list(dict.fromkeys(kernels))
+    compile_one = partial(compile_kernel, sm=sm)
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool, ThreadPoolExecutor(processes) as threads:
+        others = pool.map(compile_one, [kernel for kernel in distinct if isinstance(kernel, Kernel)])
+        list(threads.map(compile_one, [kernel for kernel in distinct if not isinstance(kernel, Kernel)]))
+        list(others)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moecompiler.config import SPARSE_MIXER_EPSILON
-from moecompiler.plugins.launch import TRITON_TYPES, Kernel, power_of_two, shared_memory
+from moecompiler.plugins.launch import TRITON_TYPES, AnyKernel, CudaKernel, Kernel, power_of_two, shared_memory
 from moecompiler.plugins.moe.tiles import Few, Many, One, Sizes, Tile
 
 _MODULE = "moecompiler.plugins.moe"
@@ -112,19 +112,45 @@ class NodeKernels:
         down = self._kernel("few_kernels", "few_down", types, parts, tiles.warps, down_stages)
         return {("few_up", tiles): up, ("few_down", tiles): down}
 
-    def many(self, tiles: Many) -> dict[Key, Kernel]:
-        """For many tokens."""
+    def place(self, rows: int) -> Kernel:
+        """Every expert's first row is a multiple of ``rows``."""
         sizes = self.sizes
-        placing = {
+        constants = {
             "HIDDEN": sizes.hidden,
             "TOP_K": sizes.top_k,
             "L_BLOCK": self.local_block,
             "T_BLOCK": ROUTED_TOKENS,
             "A_BLOCK": power_of_two(ROUTED_TOKENS * sizes.top_k),
             "H_BLOCK": MOVED_COLUMNS,
-            "M": tiles.rows,
+            "M": rows,
         }
-        types = "x:T chosen:I counts:I rows:I totals:I sorted_x:T tokens:i32 blocks:i32"
+        types = "x:T chosen:I counts:I rows:I totals:I sorted_x:T counters:I tokens:i32 blocks:i32"
+        return self._kernel("routing_kernels", "place", types, constants, 4)
+
+    def grouped(self) -> dict[Key, AnyKernel]:
+        """For many tokens on SM 9.0."""
+        sizes = self.sizes
+        constants = {
+            "HIDDEN": sizes.hidden,
+            "INTERMEDIATE": sizes.intermediate,
+            "LOCAL": sizes.local,
+            "ELEMENT_IS_BFLOAT16": self.dtype == "bfloat16",
+        }
+        maps = (("weights", "tensormap"), ("tokens", "tensormap"))
+        signature = (*maps, ("totals", "*i32"), ("counter", "*i32"), ("results", "*i16"))
+        source, shared = f"{_MODULE}/grouped.cu", shared_memory(90)
+        combine = {"HIDDEN": sizes.hidden, "TOP_K": sizes.top_k, "H_BLOCK": COMBINED_COLUMNS}
+        types = "results:T places:I weights:F y:T"
+        return {
+            ("place", 1): self.place(1),
+            ("grouped_up",): CudaKernel(source, "grouped_up", signature, tuple(constants.items()), 12, shared),
+            ("grouped_down",): CudaKernel(source, "grouped_down", signature, tuple(constants.items()), 12, shared),
+            ("sorted_combine",): self._kernel("many_kernels", "sorted_combine", types, combine, 4),
+        }
+
+    def many(self, tiles: Many) -> dict[Key, Kernel]:
+        """For many tokens."""
+        sizes = self.sizes
         common = {
             "HIDDEN": sizes.hidden,
             "INTERMEDIATE": sizes.intermediate,
@@ -142,7 +168,7 @@ class NodeKernels:
         up_stages = self._tile_stages(tiles, tiles.up, 2)
         down_stages = self._tile_stages(tiles, tiles.down, 1)
         return {
-            ("place", tiles.rows): self._kernel("routing_kernels", "place", types, placing, 4),
+            ("place", tiles.rows): self.place(tiles.rows),
             ("many_up", tiles): self._kernel("many_kernels", "many_up", up_types, up, tiles.up.warps, up_stages),
             ("many_down", tiles): self._kernel(
                 "many_kernels", "many_down", down_types, down, tiles.down.warps, down_stages

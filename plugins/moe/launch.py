@@ -10,9 +10,19 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from moecompiler.plugins.launch import Arena, Dims, Input, Kernel, Launch, Output, Workspace, multiprocessors
+from moecompiler.plugins.launch import (
+    AnyKernel,
+    Arena,
+    Dims,
+    Input,
+    Launch,
+    Output,
+    TensorMap,
+    Workspace,
+    multiprocessors,
+)
 from moecompiler.plugins.moe.compiled import COMBINED_COLUMNS, MOVED_COLUMNS, ROUTED_TOKENS, Key, NodeKernels
-from moecompiler.plugins.moe.tiles import Few, Many, One, Sizes, Tile
+from moecompiler.plugins.moe.tiles import Few, Grouped, Many, One, Sizes, Tile
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,7 @@ class MoETactic:
     sm: int
     one: One | None
     few: tuple[Few, ...]
-    many: tuple[Many, ...]
+    many: tuple[Many | Grouped, ...]
     processors: int
 
     @property
@@ -43,9 +53,9 @@ class MoETactic:
         return NodeKernels(self.sizes, self.dtype, self.sm)
 
     @cached_property
-    def _table(self) -> dict[Key, Kernel]:
+    def _table(self) -> dict[Key, AnyKernel]:
         made = self._made
-        table: dict[Key, Kernel] = {("route", ROUTED_TOKENS): made.route(ROUTED_TOKENS)}
+        table: dict[Key, AnyKernel] = {("route", ROUTED_TOKENS): made.route(ROUTED_TOKENS)}
         if self.one or self.few:
             table["route", 1] = made.route(1)
         if self.one:
@@ -53,13 +63,13 @@ class MoETactic:
         for few in self.few:
             table.update(made.few(few))
         for many in self.many:
-            table.update(made.many(many))
+            table.update(made.grouped() if isinstance(many, Grouped) else made.many(many))
         if self.few:
             table["few_combine",] = made.combine()
         return table
 
     @cached_property
-    def kernels(self) -> tuple[Kernel, ...]:
+    def kernels(self) -> tuple[AnyKernel, ...]:
         return tuple(dict.fromkeys(self._table.values()))
 
     def workspace(self, dims: Dims) -> int:
@@ -79,7 +89,7 @@ class MoETactic:
             for i, step in enumerate(steps)
         )
 
-    def _way(self, tokens: int) -> One | Few | Many:
+    def _way(self, tokens: int) -> One | Few | Many | Grouped:
         if tokens == 1 and self.one:
             return self.one
         few = next((few for few in self.few if tokens <= few.tokens), None)
@@ -87,11 +97,11 @@ class MoETactic:
 
     # what is launched
 
-    def _plan(self, way: One | Few | Many, tokens: int) -> tuple[list[_Step], int]:
+    def _plan(self, way: One | Few | Many | Grouped, tokens: int) -> tuple[list[_Step], int]:
         arena, sizes = Arena(), self.sizes
         assignments = tokens * sizes.top_k
         chosen, weights = arena.take(4 * assignments), arena.take(4 * assignments)
-        block = ROUTED_TOKENS if isinstance(way, Many) else 1
+        block = ROUTED_TOKENS if isinstance(way, (Many, Grouped)) else 1
         blocks = -(-tokens // block)
         counts = arena.take(4 * blocks * self._made.local_block)
         route_args = (Input(0), Input(1), Input(4), chosen, weights, counts, tokens)
@@ -100,6 +110,8 @@ class MoETactic:
             steps += self._one_steps(way, arena, chosen, weights)
         elif isinstance(way, Few):
             steps += self._few_steps(way, arena, chosen, weights, tokens)
+        elif isinstance(way, Grouped):
+            steps += self._grouped_steps(arena, chosen, weights, counts, tokens)
         else:
             steps += self._many_steps(way, arena, chosen, weights, counts, tokens)
         return steps, arena.size
@@ -143,8 +155,8 @@ class MoETactic:
         sorted_x = arena.take(2 * rows * sizes.hidden)
         inner = arena.take(2 * rows * sizes.intermediate)
         results = arena.take(2 * rows * sizes.hidden)
-        blocks = -(-tokens // ROUTED_TOKENS)
-        place_args = (Input(0), chosen, counts, places, totals, sorted_x, tokens, blocks)
+        blocks, counters = -(-tokens // ROUTED_TOKENS), arena.take(8)
+        place_args = (Input(0), chosen, counts, places, totals, sorted_x, counters, tokens, blocks)
         up_programs = min(many.up.programs * self.processors, row_tiles * -(-sizes.intermediate // many.up.outputs))
         column_tiles = -(-sizes.hidden // many.down.outputs)
         down_programs = min(many.down.programs * self.processors, 8 * row_tiles * column_tiles)
@@ -157,6 +169,39 @@ class MoETactic:
                 ("many_combine", many),
                 (tokens, -(-sizes.hidden // COMBINED_COLUMNS), 1),
                 (results, extra, totals, places, weights, Output(0), down_programs),
+            ),
+        ]
+
+    def _grouped_steps(
+        self, arena: Arena, chosen: Workspace, weights: Workspace, counts: Workspace, tokens: int
+    ) -> list[_Step]:
+        sizes = self.sizes
+        hidden, intermediate, local = sizes.hidden, sizes.intermediate, sizes.local
+        rows = tokens * min(sizes.top_k, local)
+        places, totals = arena.take(4 * tokens * sizes.top_k), arena.take(4 * self._made.local_block)
+        counters = arena.take(8)
+        sorted_x, inner, results = (arena.take(2 * rows * columns) for columns in (hidden, intermediate, hidden))
+        blocks = -(-tokens // ROUTED_TOKENS)
+        pairs = (local, intermediate // 8, 2, 8, hidden)  # 8 rows of gate and 8 of up
+        pair_strides = (2 * intermediate * hidden, 8 * hidden, intermediate * hidden, hidden)
+        gate_up = TensorMap(Input(2), self.dtype, pairs, pair_strides, (1, 8, 2, 8, 64))
+        down_sizes, down_strides = (local, hidden, intermediate), (hidden * intermediate, intermediate)
+        down = TensorMap(Input(3), self.dtype, down_sizes, down_strides, (1, 128, 64))
+        up_rows = TensorMap(sorted_x, self.dtype, (rows, hidden), (hidden,), (32, 64))
+        down_rows = TensorMap(inner, self.dtype, (rows, intermediate), (intermediate,), (32, 64))
+        programs = (self.processors, 1, 1)
+        return [
+            _Step(
+                ("place", 1),
+                (blocks, -(-hidden // MOVED_COLUMNS), 1),
+                (Input(0), chosen, counts, places, totals, sorted_x, counters, tokens, blocks),
+            ),
+            _Step(("grouped_up",), programs, (gate_up, up_rows, totals, counters, inner)),
+            _Step(("grouped_down",), programs, (down, down_rows, totals, Workspace(counters.offset + 4), results)),
+            _Step(
+                ("sorted_combine",),
+                (tokens, -(-hidden // COMBINED_COLUMNS), 1),
+                (results, places, weights, Output(0)),
             ),
         ]
 
@@ -177,7 +222,10 @@ def tactics(op: str, attributes: Mapping[str, Any], dims: Dims, dtype: str, sm: 
     mixed = MoETactic(
         "mixed", sizes, dtype, sm, One(), few, (narrow, replace(tails, tokens=tails_limit), whole), multiprocessors(sm)
     )
+    grouped = replace(mixed, name="grouped", many=(Grouped(),))
+    own = (grouped, replace(grouped, name="grouped early", few=few[:1])) if sm == 90 and local <= 64 else ()
     return (
+        *own,
         mixed,
         replace(mixed, name="whole", many=(narrow, whole)),
         replace(mixed, name="tails", many=(narrow, tails)),

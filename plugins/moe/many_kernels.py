@@ -206,3 +206,26 @@ def many_combine(
                 result += tl.load(at + part * rest.to(tl.int64) * (M * N), mask=there & (shared >= 0), other=0.0)
             total += tl.load(weights + token * TOP_K + i) * result
     tl.store(y + token.to(tl.int64) * HIDDEN + column, total.to(y.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def sorted_combine(
+    results, places, weights, y,
+    HIDDEN: tl.constexpr, TOP_K: tl.constexpr, H_BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
+):  # fmt: skip
+    """``y [T, H]``: the weighted sum of each token's rows of ``results [R, H]``, in the order of its experts. ``places [T, K]``:
+    which rows, -1 for another rank's.
+
+    Program (t, i): ``H_BLOCK`` columns of token t."""
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_wait()
+    token = tl.program_id(0)
+    column = tl.program_id(1) * H_BLOCK + tl.arange(0, H_BLOCK)
+    there = column < HIDDEN
+    total = tl.zeros([H_BLOCK], tl.float32)
+    for i in tl.static_range(TOP_K):
+        row = tl.load(places + token * TOP_K + i)
+        at = results + row.to(tl.int64) * HIDDEN + column
+        result = tl.load(at, mask=there & (row >= 0), other=0.0)
+        total += tl.load(weights + token * TOP_K + i) * result.to(tl.float32)
+    tl.store(y + token.to(tl.int64) * HIDDEN + column, total.to(y.dtype.element_ty), mask=there)

@@ -60,3 +60,10 @@ class Many:
     up: Tile = Tile(128)
     down: Tile = Tile(256)
     tails: bool = False
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """For up to ``tokens`` tokens (0: any number) on SM 9.0; how the work is cut up, its kernels say themselves."""
+
+    tokens: int = 0

@@ -1,0 +1,48 @@
+"""The header ``wgmma.cuh``: SM 9.0's warpgroup matrix products, one C++ function per width, as an asm statement needs it.
+
+PTX ISA, ``wgmma.mma_async``: A is 64 rows by 16 columns, B 16 by N. A thread holds ``N / 2`` sums: of warp w and lane l,
+``d[4 * j + 0, 1]`` are row ``16 * w + l / 4``, columns ``8 * j + 2 * (l % 4) + 0, 1``; ``d[4 * j + 2, 3]`` are 8 rows below.
+"""
+
+from __future__ import annotations
+
+WIDTHS = range(16, 257, 16)
+
+
+def wgmma_header() -> bytes:
+    """``wgmma<N>(d, a, b, keep)`` has both operands in shared memory, ``wgmma_rs<N>(d, a, b, keep)`` A in registers and B with its
+    columns adjacent in memory. ``keep`` 0 forgets what ``d`` held. ``ELEMENT`` is ``f16`` or ``bf16``."""
+    parts = [
+        '#pragma once\n#include "ptx.cuh"\n',
+        "template <int N> struct Wgmma;\n",
+        *(_struct(width) for width in WIDTHS),
+        "template <int N> void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, int keep) "
+        "{ Wgmma<N>::shared(d, a, b, keep); }\n",
+        "template <int N> void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int keep) "
+        "{ Wgmma<N>::registers(d, a, b, keep); }\n",
+    ]
+    return "".join(parts).encode()
+
+
+def _struct(width: int) -> str:
+    count = width // 2
+    sums = ", ".join(f"%{i}" for i in range(count))
+    outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    shape = f"wgmma.mma_async.sync.aligned.m64n{width}k16.f32."
+
+    def statement(operands: str, predicate: int, inputs: str, flags: str) -> str:
+        return (
+            f'asm volatile("{{ .reg .pred p; setp.ne.b32 p, %{predicate}, 0; {shape}" ELEMENT "." ELEMENT '
+            f'" {{{sums}}}, {operands}, p, {flags}; }}" : {outputs} : {inputs}, "r"(keep));'
+        )
+
+    both = statement(f"%{count}, %{count + 1}", count + 2, '"l"(a), "l"(b)', "1, 1, 0, 0")
+    fragments = ", ".join(f"%{count + i}" for i in range(4))
+    held = ", ".join(f'"r"(a[{i}])' for i in range(4))
+    left = statement(f"{{{fragments}}}, %{count + 4}", count + 5, f'{held}, "l"(b)', "1, 1, 1")
+    return (
+        f"template <> struct Wgmma<{width}> {{\n"
+        f"  static void shared(float (&d)[{count}], uint64_t a, uint64_t b, int keep) {{ {both} }}\n"
+        f"  static void registers(float (&d)[{count}], const uint32_t (&a)[4], uint64_t b, int keep) {{ {left} }}\n"
+        "};\n"
+    )
