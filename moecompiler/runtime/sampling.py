@@ -13,6 +13,9 @@ import numpy as np
 
 from moecompiler.errors import UserError
 
+_TINY_TEMPERATURE = 1e-30  # divided by less, logits may overflow; at this, the nearest ones are as far apart as can be
+_NOT_FINITE = {-1: math.nan, -2: math.inf, -3: -math.inf}
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -48,7 +51,15 @@ class SamplingOptions:
     @property
     def greedy(self) -> bool:
         asked = (self.temperature, self.top_k, self.top_p) != (None, None, None)
-        return not asked or self.temperature == 0 or self.top_k == 1
+        cold = self.temperature is not None and self.temperature < _TINY_TEMPERATURE
+        return not asked or cold or self.top_k == 1
+
+
+def device_options(options: SamplingOptions) -> np.ndarray:
+    """The options as numbers for a device that samples, float64 ``[4]``: the penalty, the temperature (0: none), what probability
+    ``top_p`` leaves over (0: it keeps all), ``top_k`` (0: all)."""
+    spare = 0.0 if options.top_p is None else 1 - options.top_p
+    return np.array([options.repetition_penalty, options.temperature or 0.0, spare, options.top_k or 0], np.float64)
 
 
 class Sampler:
@@ -73,12 +84,32 @@ class Sampler:
         for i in range(len(logits)) if active is None else np.flatnonzero(active):
             top = logits[i].max()  # NaN where any is
             if not np.isfinite(top):
-                raise UserError(
-                    f"sequence {self._first + i}: the model's logits hold {top} after {len(history[i])} tokens;"
-                    " its weights are damaged, or its numbers leave the range of its dtype: try --dtype bfloat16 or float32"
-                )
+                raise self._not_finite(i, top, len(history[i]))
             tokens[i] = self._choose_one(logits[i], history[i], self._streams[i])
         return tokens
+
+    def uniforms(self, steps: int) -> np.ndarray:
+        """What the next ``steps`` draws of each sequence take, ``[steps, batch]`` float64 of [0, 1), for a device that draws in
+        this sampler's stead: they depend on no logits. Greedy search draws none: zeros."""
+        if self.options.greedy:
+            return np.zeros((steps, len(self._streams)))
+        return np.stack([stream.random(steps) for stream in self._streams], axis=1)
+
+    def check(self, tokens: np.ndarray, history: list[list[int]], active: np.ndarray) -> np.ndarray:
+        """What a device chose, as ``choose`` would give it: ``tokens [batch]``, of which -1, -2 and -3 say that the row's highest
+        logit was NaN, infinity or minus infinity.
+
+        Raises: UserError where an active row's is.
+        """
+        for i in np.flatnonzero(active & (tokens < 0)):
+            raise self._not_finite(i, _NOT_FINITE[int(tokens[i])], len(history[i]))
+        return np.where(active, tokens, 0)
+
+    def _not_finite(self, i: int, top: float, tokens: int) -> UserError:
+        return UserError(
+            f"sequence {self._first + i}: the model's logits hold {top} after {tokens} tokens;"
+            " its weights are damaged, or its numbers leave the range of its dtype: try --dtype bfloat16 or float32"
+        )
 
     def _choose_one(self, logits: np.ndarray, history: list[int], stream: np.random.Generator) -> int:
         logits = penalize_repetition(logits, history, self.options.repetition_penalty)

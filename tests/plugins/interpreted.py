@@ -15,7 +15,13 @@ import torch
 from moecompiler.plugins.launch import Argument, Input, Launch, Output, Tactic, Workspace
 from moecompiler.plugins.tactics import tactics
 
-_TYPES = {"*fp16": torch.float16, "*bf16": torch.bfloat16, "*fp32": torch.float32, "*i32": torch.int32}
+_TYPES = {
+    "*fp16": torch.float16,
+    "*bf16": torch.bfloat16,
+    "*fp32": torch.float32,
+    "*i32": torch.int32,
+    "*i64": torch.int64,
+}
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from test_launch import ATTENTION, MOE, attention_dims, moe_dims, norm_dims
 
 from moecompiler.plugins.compile import compile_kernel
 from moecompiler.plugins.launch import Kernel, shared_memory
+from moecompiler.plugins.sampling.launch import SamplingTactic
 from moecompiler.plugins.tactics import tactics
 
 SMS = (80, 89, 90, 100, 120)
@@ -35,6 +36,8 @@ def all_kernels(sm: int, dtype: str) -> dict[str, list[Kernel]]:
         for tactic in tactics(op, attributes, dims, dtype, sm):
             for kernel in tactic.kernels:
                 found.setdefault(kernel.function, []).append(kernel)
+    for sampling in (SamplingTactic("greedy", 32000, dtype), SamplingTactic("drawn", 32000, dtype)):
+        found |= {kernel.function: [kernel] for kernel in sampling.kernels}
     return found
 
 
@@ -49,7 +52,7 @@ def assert_fits(kernel: Kernel, sm: int) -> None:
 def test_kernels_compile(sm: int) -> None:
     """The largest of each kind on its first SM, and those that differ most on the others."""
     kernels = all_kernels(sm, "bfloat16")
-    names = kernels if sm == 90 else ("few_up", "many_up", "many_down", "decode", "prefill")
+    names = kernels if sm == 90 else ("few_up", "many_up", "many_down", "decode", "prefill", "choose")
     for name in names:
         assert_fits(kernels[name][-1], sm)
 
