@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from moecompiler.plugins.launch import (
     TRITON_TYPES,
+    AnyKernel,
     Arena,
+    CudaKernel,
     Dims,
     Input,
     Kernel,
     Launch,
     Output,
+    TensorMap,
     multiprocessors,
     power_of_two,
     shared_memory,
@@ -50,6 +53,14 @@ class PrefillTiles:
 
 
 @dataclass(frozen=True)
+class WarpgroupPrefill:
+    """SM 9.0's: warps with roles, ``tokens`` of a head at a time; the copy engine fetches ``slots`` of the cache."""
+
+    tokens: int = 128
+    slots: int = 128
+
+
+@dataclass(frozen=True)
 class AttentionTactic:
     """The cache is read and written through the outputs: they are aliased to the inputs ``past_key`` and ``past_value``.
     ``processors``: the card's multiprocessors, which decide into how many parts decode divides the cache."""
@@ -63,11 +74,11 @@ class AttentionTactic:
     dtype: str
     sm: int
     decode: DecodeTiles
-    prefill: PrefillTiles
+    prefill: PrefillTiles | WarpgroupPrefill
     processors: int
 
     @cached_property
-    def kernels(self) -> tuple[Kernel, ...]:
+    def kernels(self) -> tuple[AnyKernel, ...]:
         sizes = {
             "N": self.heads,
             "KV": self.kv_heads,
@@ -80,15 +91,11 @@ class AttentionTactic:
             "G_BLOCK": max(16, power_of_two(self.heads // self.kv_heads)),
             "T_BLOCK": self.decode.slots,
         }
-        prefill = {**sizes, "S_BLOCK": self.prefill.tokens, "T_BLOCK": self.prefill.slots}
         merge = {"D": self.head_dim, "D_BLOCK": self._block, "P_BLOCK": self.decode.max_parts}
         append = {key: sizes[key] for key in ("KV", "D", "D_BLOCK")} | {"S_BLOCK": _APPENDED_TOKENS}
         inputs = "query:T key:T value:T cos:T sin:T position_ids:L keys:T values:T"
         row_bytes = 2 * 2 * self._block  # of a key and its value
         decode_stages = self._stages(self.decode.stages, row_bytes * self.decode.slots)
-        prefill_stages = self._stages(
-            self.prefill.stages, row_bytes * self.prefill.slots, 2 * self._block * self.prefill.tokens
-        )
         return (
             self._kernel(
                 "decode",
@@ -99,13 +106,47 @@ class AttentionTactic:
             ),
             self._kernel("merge", "mixed:F sums:F output:T parts:i32", merge, 4),
             self._kernel("append", f"{inputs.removeprefix('query:T ')} length:i32 slots:i32", append, 4),
-            self._kernel(
-                "prefill",
-                "query:T cos:T sin:T position_ids:L keys:T values:T output:T length:i32 slots:i32 scale:fp32 cache_rows:i32",
-                prefill,
-                self.prefill.warps,
-                prefill_stages,
-            ),
+            self._warpgroup_prefill()
+            if isinstance(self.prefill, WarpgroupPrefill)
+            else self._tiled_prefill(self.prefill),
+        )
+
+    def _tiled_prefill(self, tiles: PrefillTiles) -> Kernel:
+        constants = {
+            "N": self.heads,
+            "KV": self.kv_heads,
+            "D": self.head_dim,
+            "D_BLOCK": self._block,
+            "WINDOW": self.window,
+            "S_BLOCK": tiles.tokens,
+            "T_BLOCK": tiles.slots,
+        }
+        stages = self._stages(tiles.stages, 4 * self._block * tiles.slots, 2 * self._block * tiles.tokens)
+        types = (
+            "query:T cos:T sin:T position_ids:L keys:T values:T output:T length:i32 slots:i32 scale:fp32 cache_rows:i32"
+        )
+        return self._kernel("prefill", types, constants, tiles.warps, stages)
+
+    def _warpgroup_prefill(self) -> CudaKernel:
+        constants = {
+            "HEADS": self.heads,
+            "KV_HEADS": self.kv_heads,
+            "HEAD_DIM": self.head_dim,
+            "WINDOW": self.window,
+            "ELEMENT_IS_BFLOAT16": self.dtype == "bfloat16",
+        }
+        pointers = (("query", "*i16"), ("cos", "*i16"), ("sin", "*i16"), ("positions", "*i64"))
+        maps = (("keys", "tensormap"), ("values", "tensormap"))
+        numbers = (("batch", "i32"), ("length", "i32"), ("slots", "i32"), ("scale", "fp32"))
+        signature = (*pointers, *maps, ("output", "*i16"), *numbers)
+        block = 2 * 128 * (64 if self.head_dim <= 64 else 128)
+        return CudaKernel(
+            "moecompiler.plugins.attention/prefill.cu",
+            "prefill",
+            signature,
+            tuple(constants.items()),
+            12,
+            6 * block + 4096,
         )
 
     def workspace(self, dims: Dims) -> int:
@@ -123,23 +164,9 @@ class AttentionTactic:
         scale = self.scale * math.log2(math.e)
         if length > 1:
             append = (_KEY, _VALUE, _COS, _SIN, _POSITIONS, _KEYS, _VALUES, length, slots)
-            attend = (
-                _QUERY,
-                _COS,
-                _SIN,
-                _POSITIONS,
-                _KEYS,
-                _VALUES,
-                _OUTPUT,
-                length,
-                slots,
-                scale,
-                batch * self.kv_heads * slots,
-            )
-            tiles = -(-length // self.prefill.tokens)
             return (
                 Launch(_APPEND, (-(-length // _APPENDED_TOKENS), self.kv_heads, batch), append),
-                Launch(_PREFILL, (self.heads, tiles, batch), attend, self._overlapped),
+                self._attend_launch(batch, length, slots, scale),
             )
         parts, arena = self._parts(batch, slots), Arena()
         rows = batch * self.heads * parts
@@ -150,6 +177,20 @@ class AttentionTactic:
             return (decode,)
         merge = Launch(_MERGE, (batch * self.heads, 1, 1), (mixed, sums, _OUTPUT, parts), self._overlapped)
         return (decode, merge)
+
+    def _attend_launch(self, batch: int, length: int, slots: int, scale: float) -> Launch:
+        tiles = -(-length // self.prefill.tokens)
+        if isinstance(self.prefill, PrefillTiles):
+            rows = batch * self.kv_heads * slots
+            args = (_QUERY, _COS, _SIN, _POSITIONS, _KEYS, _VALUES, _OUTPUT, length, slots, scale, rows)
+            return Launch(_PREFILL, (self.heads, tiles, batch), args, self._overlapped)
+        sizes, strides = (batch * self.kv_heads, slots, self.head_dim), (slots * self.head_dim, self.head_dim)
+        keys, values = (
+            TensorMap(cache, self.dtype, sizes, strides, (1, self.prefill.slots, 64)) for cache in (_KEYS, _VALUES)
+        )
+        programs = min(self.processors, batch * self.heads * tiles)
+        args = (_QUERY, _COS, _SIN, _POSITIONS, keys, values, _OUTPUT, batch, length, slots, scale)
+        return Launch(_PREFILL, (programs, 1, 1), args, self._overlapped)
 
     @property
     def _overlapped(self) -> bool:
@@ -185,4 +226,7 @@ def tactics(op: str, attributes: Mapping[str, Any], dims: Dims, dtype: str, sm: 
     heads, kv_heads = attributes["num_heads"], attributes["num_kv_heads"]
     scale, window = attributes["scale"], attributes["window"]
     sizes = (heads, kv_heads, head_dim, scale, window, dtype, sm)
-    return (AttentionTactic("tiled", *sizes, DecodeTiles(), PrefillTiles(), multiprocessors(sm)),)
+    tiled = AttentionTactic("tiled", *sizes, DecodeTiles(), PrefillTiles(), multiprocessors(sm))
+    if sm == 90 and head_dim <= 128 and head_dim % 16 == 0:
+        return replace(tiled, name="warpgroups", prefill=WarpgroupPrefill()), tiled
+    return (tiled,)
