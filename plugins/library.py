@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from moecompiler.plugins.launch import TRITON_TYPES, Dims
 if TYPE_CHECKING:
     import onnx
 
+    from moecompiler.backends.sampling_kernels import SamplingKernels
     from moecompiler.ops import OpSpec
 
 
@@ -63,3 +65,16 @@ class TensorRTPlugins:
         from moecompiler.plugins.tensorrt_plugin import register
 
         register(plugin_ops())
+
+    def compile_sampling(self, vocab: int, dtype: str, sm: int) -> bytes | None:
+        """None where there is no Triton to compile with, or no kernel for the type."""
+        if dtype not in TRITON_TYPES or importlib.util.find_spec("triton") is None:
+            return None
+        from moecompiler.plugins.sampling.kept import compile_sampling
+
+        return compile_sampling(vocab, dtype, sm)
+
+    def load_sampling(self, data: bytes) -> SamplingKernels:
+        from moecompiler.plugins.sampling.kept import Sampling
+
+        return Sampling(data)

@@ -12,9 +12,9 @@ import numpy as np
 import tensorrt as trt
 
 from moecompiler.backends.base import BuildSettings, EngineLimits
-from moecompiler.backends.tensorrt_build import Log, Plan, build_plan
+from moecompiler.backends.tensorrt_build import Plan, build_plan, process_log
+from moecompiler.backends.tensorrt_engine import TENSOR_TYPES
 from moecompiler.backends.tensorrt_program import prepare
-from moecompiler.backends.tensorrt_session import TENSOR_TYPES
 from moecompiler.graph import Program
 from moecompiler.plugin_switches import parse_plugins
 from moecompiler.plugins.library import TensorRTPlugins
@@ -48,7 +48,7 @@ class Runner:
     """Runs an engine on given inputs; ``time`` in a CUDA graph."""
 
     def __init__(self, plan: Any, aliases: Mapping[str, str], profile: int = 0):
-        self.device, self.stream, self.log, self.aliases = Device(), Stream(), Log(), aliases
+        self.device, self.stream, self.log, self.aliases = Device(), Stream(), process_log(), aliases
         self.runtime = trt.Runtime(self.log)
         self.engine = self.runtime.deserialize_cuda_engine(plan)
         assert self.engine is not None, self.log.errors

@@ -14,6 +14,7 @@ from moecompiler.weights import TensorReader
 if TYPE_CHECKING:
     import onnx
 
+    from moecompiler.backends.sampling_kernels import SamplingKernels
     from moecompiler.runtime.session import StageSession
 
 
@@ -56,6 +57,16 @@ class PluginLibrary(Protocol):
 
     def register(self) -> None:
         """Makes the plugins known to the backend's library, once per process."""
+
+    def compile_sampling(self, vocab: int, dtype: str, sm: int) -> bytes | None:
+        """The kernels that choose tokens from logits ``[rows, vocab]`` on a GPU of compute capability ``sm``, as a file keeps
+        them; None where there can be none."""
+
+    def load_sampling(self, data: bytes) -> SamplingKernels:
+        """Those kernels, loaded into the current CUDA context; neither a compiler nor Triton is needed.
+
+        Raises: UserError where they are damaged, or another version's.
+        """
 
 
 class Backend(Protocol):

@@ -15,7 +15,7 @@ from moecompiler.backends.libraries import import_library
 from moecompiler.backends.tensorrt_profiles import prefill_rows, profiles
 from moecompiler.backends.tensorrt_program import Prepared, prepare, serialized
 from moecompiler.backends.tensorrt_record import Made, Record, check_fits
-from moecompiler.graph import Program, floating_type
+from moecompiler.graph import ONNX_DTYPES, Program, floating_type
 from moecompiler.packing import pack
 from moecompiler.plugin_switches import Mode
 from moecompiler.weights import Recipe, TensorReader
@@ -75,15 +75,17 @@ class TensorRTBackend:
         progress: Callable[[float], None],
     ) -> dict[str, Path]:
         """Writes ``stem.plan``, ``stem.engine.json`` (``Record``), ``stem.layers.json`` (the inspector's), ``stem.timing`` (for
-        later builds), ``stem.onnx`` (what the parser read, weights by reference), and, with external expert weights,
-        ``stem.safetensors``."""
+        later builds), ``stem.onnx`` (what the parser read, weights by reference); with external expert weights
+        ``stem.safetensors``; and on the last stage ``stem.sampling``, the kernels that choose tokens."""
         from moecompiler.backends.tensorrt_build import build_plan
 
         library = self._library()
         prepared = prepare(program, settings, floating_type(program), self._made.sm, library)
         if prepared.plugins:
             library.register()
-        names = ["plan", "engine.json", "layers.json", "timing", "onnx", *(["safetensors"] if prepared.bound else [])]
+        sampling = self._compile_sampling(prepared.program)
+        names = ["plan", "engine.json", "layers.json", "timing", "onnx"]
+        names += ["safetensors"] * bool(prepared.bound) + ["sampling"] * (sampling is not None)
         staged = {f"{stem}.{name}": temporary_path(directory / f"{stem}.{name}") for name in names}
         baked = temporary_path(directory / f"{stem}.baked")
         try:
@@ -113,6 +115,8 @@ class TensorRTBackend:
         )
         staged[f"{stem}.layers.json"].write_text(plan.layers)
         staged[f"{stem}.timing"].write_bytes(plan.timing)
+        if sampling is not None:
+            staged[f"{stem}.sampling"].write_bytes(sampling)
         return staged
 
     def load(self, directory: Path, stem: str, limits: EngineLimits, threads: int, device: int = 0) -> TensorRTSession:
@@ -127,7 +131,19 @@ class TensorRTBackend:
             self._library().register()
         from moecompiler.backends.tensorrt_session import TensorRTSession
 
-        return TensorRTSession(directory, stem, record, limits, here)
+        kernels = directory / f"{stem}.sampling"
+        sampling = self._library().load_sampling(kernels.read_bytes()) if kernels.is_file() else None
+        return TensorRTSession(directory, stem, record, limits, here, sampling)
+
+    def _compile_sampling(self, program: Program) -> bytes | None:
+        """None where the program's output are not the logits of one token of each sequence."""
+        output = program.model.graph.output[0]
+        dims = output.type.tensor_type.shape.dim
+        names = {code: name for name, code in ONNX_DTYPES.items()}
+        if output.name != "logits" or len(dims) != 2 or not dims[-1].dim_value:
+            return None
+        dtype = names[output.type.tensor_type.elem_type]
+        return self._library().compile_sampling(dims[-1].dim_value, dtype, self._made.sm)
 
     def _library(self) -> PluginLibrary:
         if self._plugins is None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,17 @@ class Log(trt.ILogger):
             self.errors.append(message)
         elif severity == trt.ILogger.WARNING:
             self.warnings.append(message)
+
+
+@cache
+def process_log() -> Log:
+    """The one log of this process, never given back: TensorRT goes on using the first that it was given for as long as it lives,
+    whatever it is given later."""
+    log = Log()
+    ctypes.pythonapi.Py_IncRef(
+        ctypes.py_object(log)
+    )  # also when modules are taken down, before TensorRT's own library is
+    return log
 
 
 class Monitor(trt.IProgressMonitor):
@@ -93,12 +106,13 @@ def build_plan(
 
     Raises: UserError where TensorRT does not parse or build it, with the node's HF module.
     """
-    log = Log()
+    log = process_log()
+    errors, warnings = len(log.errors), len(log.warnings)
     builder = trt.Builder(log)
     network = builder.create_network(_flags())
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(model)):
-        raise UserError(explain("cannot read the graph", _parser_errors(parser) or log.errors, nodes))
+        raise UserError(explain("cannot read the graph", _parser_errors(parser) or log.errors[errors:], nodes))
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.progress_monitor = monitor = Monitor(progress)
@@ -109,9 +123,9 @@ def build_plan(
     cache = _timing_cache(config, timings)
     data = builder.build_serialized_network(network, config)
     if data is None:
-        raise UserError(explain("cannot build the engine", log.errors, nodes))
+        raise UserError(explain("cannot build the engine", log.errors[errors:], nodes))
     del monitor
-    return Plan(data, bytes(cache.serialize()), _layers(data, log), tuple(log.warnings))
+    return Plan(data, bytes(cache.serialize()), _layers(data, log), tuple(log.warnings[warnings:]))
 
 
 def _flags() -> int:
@@ -150,8 +164,8 @@ def _timing_cache(config: Any, timings: Sequence[bytes]) -> Any:
 
 def _layers(data: Any, log: Log) -> str:
     """What the engine inspector says of every layer: its name, kernel, shapes."""
-    runtime = trt.Runtime(log)
+    errors, runtime = len(log.errors), trt.Runtime(log)
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
-        raise UserError(explain("cannot load the engine it built", log.errors, ()))
+        raise UserError(explain("cannot load the engine it built", log.errors[errors:], ()))
     return str(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))

@@ -90,7 +90,7 @@ class Device:
         return DeviceInfo(name, 10 * major + minor, f"{version // 1000}.{version % 1000 // 10}", int(total))
 
 
-def _at_the_end(owner: object, release: Callable[..., Any], resource: Any) -> Any:
+def at_the_end(owner: object, release: Callable[..., Any], resource: Any) -> Any:
     """Gives ``resource`` back when ``owner`` goes, on whatever thread that is: it may have no current context, or another."""
     cuda = driver()
     context = checked(cuda.cuCtxGetCurrent())
@@ -119,7 +119,7 @@ class Buffer:
                 " use more ranks, or build with a smaller --max_batch_size or --max_seq_len"
             )
         self.pointer, self.nbytes = int(checked((status, pointer))), nbytes
-        self._free = _at_the_end(self, cuda.cuMemFree, pointer)
+        self._free = at_the_end(self, cuda.cuMemFree, pointer)
 
 
 class HostBuffer:
@@ -131,7 +131,7 @@ class HostBuffer:
         cuda = driver()
         self.pointer = int(checked(cuda.cuMemAllocHost(max(nbytes, 1))))
         self.array = np.ctypeslib.as_array((ctypes.c_uint8 * max(nbytes, 1)).from_address(self.pointer))
-        self._free = _at_the_end(self, cuda.cuMemFreeHost, self.pointer)
+        self._free = at_the_end(self, cuda.cuMemFreeHost, self.pointer)
 
 
 class Stream:
@@ -141,7 +141,7 @@ class Stream:
         cuda = driver()
         stream = checked(cuda.cuStreamCreate(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING))
         self.handle = int(stream)
-        self._destroy = _at_the_end(self, cuda.cuStreamDestroy, stream)
+        self._destroy = at_the_end(self, cuda.cuStreamDestroy, stream)
 
     def upload(self, pointer: int, array: np.ndarray) -> None:
         """Copies a C-contiguous array to the GPU; it may be changed as soon as this returns, unless it is page-locked."""
@@ -176,10 +176,26 @@ class Graph:
         cuda = driver()
         self._graph = checked(cuda.cuGraphInstantiate(captured, 0))
         checked(cuda.cuGraphDestroy(captured))
-        self._destroy = _at_the_end(self, cuda.cuGraphExecDestroy, self._graph)
+        self._destroy = at_the_end(self, cuda.cuGraphExecDestroy, self._graph)
 
     def launch(self, stream: Stream) -> None:
         checked(driver().cuGraphLaunch(self._graph, stream.handle))
+
+
+class Event:
+    """A point of a stream that the host can wait for."""
+
+    def __init__(self) -> None:
+        cuda = driver()
+        self._event = checked(cuda.cuEventCreate(cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING))
+        self._destroy = at_the_end(self, cuda.cuEventDestroy, self._event)
+
+    def record(self, stream: Stream) -> None:
+        """The point is behind all that the stream has been given."""
+        checked(driver().cuEventRecord(self._event, stream.handle))
+
+    def wait(self) -> None:
+        checked(driver().cuEventSynchronize(self._event))
 
 
 class Timer:

@@ -19,7 +19,7 @@ from moecompiler.mapping import Mapping
 from moecompiler.runtime.communicator import Communicator, on_one_rank
 from moecompiler.runtime.prompts import check_token_ids
 from moecompiler.runtime.sampling import Sampler, SamplingOptions
-from moecompiler.runtime.session import StageSession
+from moecompiler.runtime.session import Sampled, SamplingSession, StageSession
 
 # Called with the step (0: the first token) and the new token of each sequence that is not finished, by index of its prompt.
 OnTokens = Callable[[int, dict[int, int]], None]
@@ -148,16 +148,29 @@ class _Rank:
     def samples(self) -> bool:
         return self.communicator.rank == self.sampling_rank
 
+    @property
+    def device(self) -> SamplingSession | None:
+        """The session, where this rank chooses tokens and can do it on its device."""
+        session = self.session
+        return session if self.samples and isinstance(session, SamplingSession) and session.can_sample else None
+
     def forward(self, input_ids: np.ndarray, position_ids: np.ndarray, last_token_ids: np.ndarray) -> Any:
-        """Logits ``[B, vocab]`` on the last stage, else None."""
+        """Logits ``[B, vocab]`` on the last stage, or what its device chose; else None."""
         rank, next_stage = self.communicator.rank, self.mapping.tp_size
         first = self.mapping.is_first_stage(rank)
         x = input_ids if first else self.communicator.receive(rank - next_stage)
-        y = self.session.step(x, position_ids, last_token_ids)
+        step = self.device.sample if self.device is not None else self.session.step
+        y = step(x, position_ids, last_token_ids)
         if self.mapping.is_last_stage(rank):
             return y
         self.communicator.send(y, rank + next_stage)
         return None
+
+    def next_step(self, tokens: np.ndarray, positions: np.ndarray) -> Any:
+        """The same, on new tokens ``[B]`` at these positions. A device that is alone has both already."""
+        if self.device is not None and self.mapping.world_size == 1:
+            return self.device.sample_next()
+        return self.forward(tokens[:, None], positions[:, None], np.zeros_like(positions))
 
 
 @dataclass(frozen=True)
@@ -179,15 +192,17 @@ def _run_round(
     kept: list[np.ndarray] = []
 
     rank.session.start(len(prompts))
+    if rank.device is not None:
+        rank.device.start_sampling(sampler, prompts, options.max_output_len, options.keep_logits)
     rank.communicator.gather_objects(None)  # a rank that loads slowly does not count as a slow first token
     times = [perf_counter()]
-    inputs = _prefill_inputs(prompts)
+    output = rank.forward(*_prefill_inputs(prompts))
     for step in range(options.max_output_len):
-        logits = rank.forward(*inputs)
-        choose = partial(sampler.choose, logits, history, active)
+        choose = partial(_choose, sampler, output, history, active)
         tokens = on_one_rank(rank.communicator, rank.sampling_rank, choose)
         times.append(perf_counter())
         if options.keep_logits and rank.samples:
+            logits = output.logits if isinstance(output, Sampled) else output
             kept.append(np.where(active[:, None], logits, np.float32(0)))
         new = {int(i): int(tokens[i]) for i in np.flatnonzero(active)}
         for i, token in new.items():
@@ -195,13 +210,20 @@ def _run_round(
         if on_tokens is not None:
             on_tokens(step, {first + i: token for i, token in new.items()})
         active &= ~np.isin(tokens, options.eos_token_ids)
-        if not active.any():
+        if step + 1 == options.max_output_len or not active.any():
             break
-        inputs = tokens[:, None], (lengths + step)[:, None], np.zeros_like(lengths)
+        output = rank.next_step(tokens, lengths + step)
 
     prefill_s, decode_s = rank.communicator.broadcast((times[1] - times[0], times[-1] - times[1]), rank.sampling_rank)
     output_ids = [tokens[length:] for tokens, length in zip(history, lengths, strict=True)]
     return _Round(output_ids, _logits_on_rank_0(rank, kept) if options.keep_logits else None, prefill_s, decode_s)
+
+
+def _choose(sampler: Sampler, output: np.ndarray | Sampled, history: list[list[int]], active: np.ndarray) -> np.ndarray:
+    """The tokens ``[B]`` that logits lead to, or a device has chosen; 0 where a sequence is not ``active``."""
+    if isinstance(output, Sampled):
+        return sampler.check(output.tokens, history, active)
+    return sampler.choose(output, history, active)
 
 
 def _prefill_inputs(prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

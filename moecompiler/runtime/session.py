@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
+
+from moecompiler.runtime.sampling import Sampler
 
 
 class StageSession(Protocol):
@@ -34,3 +39,43 @@ class CallableSession(StageSession, Protocol):
 
     def call(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One step on inputs by the graph's names: its outputs by theirs, float32."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What a step chose where the logits are: ``tokens [B]`` int64 as ``Sampler.check`` reads them, and the logits ``[B, vocab]``
+    float32 where they are kept."""
+
+    tokens: np.ndarray
+    logits: np.ndarray | None
+
+
+@runtime_checkable
+class SamplingSession(StageSession, Protocol):
+    """A session of the last stage that can choose tokens on its device: only tokens come to the host. Unless ``can_sample``, it
+    is as any other."""
+
+    can_sample: bool
+
+    def start_sampling(self, sampler: Sampler, prompts: list[list[int]], steps: int, keep_logits: bool) -> None:
+        """Follows ``start``: the batch gets at most ``steps`` tokens, chosen as ``sampler`` would, whose numbers it takes."""
+
+    def sample(self, x: np.ndarray, position_ids: np.ndarray, last_token_ids: np.ndarray) -> Sampled:
+        """``step``, and the tokens it leads to."""
+
+    def sample_next(self) -> Sampled:
+        """A step on the tokens of the last one, whatever they were; only where this stage is the first one too. The device may be
+        a step ahead of what it has returned."""
+
+
+S = TypeVar("S")
+
+
+@contextmanager
+def closing(session: S) -> Iterator[S]:
+    """Closes a session at the end, if it can be: what it holds of a device then goes while the interpreter is whole."""
+    try:
+        yield session
+    finally:
+        if (close := getattr(session, "close", None)) is not None:
+            close()

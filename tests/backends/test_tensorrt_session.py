@@ -24,7 +24,7 @@ from moecompiler.safetensors_file import write
 MADE = Made("10.6.0", 90, "NVIDIA H200", "13.0")
 LIMITS = EngineLimits(5, MAX_SEQ_LEN, MAX_SEQ_LEN, 1536)
 ALONE = GRID["one-rank"]
-_FAKED = ("tensorrt_build", "tensorrt_session")
+_FAKED = tuple(f"tensorrt_{name}" for name in ("build", "engine", "cache", "feeds", "session"))
 
 
 class Setting:
