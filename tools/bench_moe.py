@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from moecompiler.plugins.launch import Dims, Kernel
+from moecompiler.plugins.launch import AnyKernel, Dims
 from moecompiler.plugins.moe.launch import MoETactic
 from moecompiler.plugins.tactics import tactics
 from moecompiler.tools.kernel_machine import benchmark_parser, parse_for_gpu, write_rows
@@ -163,7 +163,7 @@ def find_tactics(layer: Layer, dtype: str) -> tuple[MoETactic, ...]:
 
 def _different(found: Iterable[MoETactic], dims: Dims) -> list[MoETactic]:
     """The tactics that do not do what one before does."""
-    plans: dict[tuple[Kernel, ...], MoETactic] = {}
+    plans: dict[tuple[AnyKernel, ...], MoETactic] = {}
     for tactic in found:
         plans.setdefault(tuple(tactic.kernels[launch.kernel] for launch in tactic.launches(dims)), tactic)
     return list(plans.values())

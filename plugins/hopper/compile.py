@@ -12,19 +12,25 @@ from moecompiler.plugins.launch import Cubin, CudaKernel
 _HEADERS = ("ptx.cuh",)
 
 
-@cache
 def compile_cuda(kernel: CudaKernel, sm: int) -> Cubin:
     """Compiles for compute capability ``sm``, with the features that only this one has (``sm_90a``).
 
     Raises: RuntimeError with the compiler's words where a kernel does not compile: a defect of ours.
     """
+    return Cubin(compile_image(kernel, sm)[0], kernel.function, kernel.shared, kernel.num_warps, 0)
+
+
+@cache
+def compile_image(kernel: CudaKernel, sm: int) -> tuple[bytes, str]:
+    """The cubin, and what the assembler says of it: registers, and spills if there are any. Raises: as ``compile_cuda``."""
     from cuda.bindings import nvrtc
 
     package, _, name = kernel.source.partition("/")
     source = resources.files(package).joinpath(name).read_bytes()
     here = resources.files("moecompiler.plugins.hopper")
     headers = {header: here.joinpath(header).read_bytes() for header in _HEADERS} | {"wgmma.cuh": wgmma_header()}
-    options = [f"--gpu-architecture=sm_{sm}a", "-std=c++17", "-default-device", f"-DCOMPILE_{kernel.function}"]
+    options = [f"--gpu-architecture=sm_{sm}a", "-std=c++17", "-default-device", "--ptxas-options=-v"]
+    options += [f"-DCOMPILE_{kernel.function}"]
     options += [f"-D{key}={int(value) if isinstance(value, bool) else value}" for key, value in kernel.constants]
     contents, names = list(headers.values()), [header.encode() for header in headers]
     program = _checked(None, nvrtc.nvrtcCreateProgram(source, name.encode(), len(headers), contents, names))
@@ -33,20 +39,22 @@ def compile_cuda(kernel: CudaKernel, sm: int) -> Cubin:
         _checked(program, nvrtc.nvrtcCompileProgram(program, len(encoded), encoded))
         image = b" " * _checked(program, nvrtc.nvrtcGetCUBINSize(program))
         _checked(program, nvrtc.nvrtcGetCUBIN(program, image))
+        return image, _log(program)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
-    return Cubin(image, kernel.function, kernel.shared, kernel.num_warps, 0)
 
 
 def _checked(program: Any, result: tuple[Any, ...]) -> Any:
-    from cuda.bindings import nvrtc
-
     status, *values = result
     if int(status):
-        log = b""
-        if program is not None:
-            _, size = nvrtc.nvrtcGetProgramLogSize(program)
-            log = b" " * size
-            nvrtc.nvrtcGetProgramLog(program, log)
-        raise RuntimeError(f"NVRTC: {status.name}\n{log.decode(errors='replace')}")
+        raise RuntimeError(f"NVRTC: {status.name}\n{_log(program) if program is not None else ''}")
     return values[0] if values else None
+
+
+def _log(program: Any) -> str:
+    from cuda.bindings import nvrtc
+
+    _, size = nvrtc.nvrtcGetProgramLogSize(program)
+    log = b" " * size
+    nvrtc.nvrtcGetProgramLog(program, log)
+    return log.replace(b"\0", b"").decode(errors="replace").strip()

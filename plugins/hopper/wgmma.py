@@ -10,8 +10,8 @@ WIDTHS = range(16, 257, 16)
 
 
 def wgmma_header() -> bytes:
-    """``wgmma<N>(d, a, b, keep)`` has both operands in shared memory, ``wgmma_rs<N>(d, a, b, keep)`` A in registers and B with its
-    columns adjacent in memory. ``keep`` 0 forgets what ``d`` held. ``ELEMENT`` is ``f16`` or ``bf16``."""
+    """``wgmma<N>(d, a, b, keep)`` has both operands in shared memory, ``wgmma_rs<N>(d, a, b, keep)`` A in registers and B with
+    its columns adjacent in memory. ``keep`` 0 forgets what ``d`` held. ``ELEMENT`` is ``f16`` or ``bf16``."""
     parts = [
         '#pragma once\n#include "ptx.cuh"\n',
         "template <int N> struct Wgmma;\n",

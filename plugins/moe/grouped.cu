@@ -1,8 +1,9 @@
 // Experts on many tokens, for SM 9.0: persistent grouped matrix products over rows sorted by expert.
 //
 // The weights are the left operand and the tokens the right one, whose width may be any multiple of 16: an expert's rows are cut
-// into equal tiles of at most 256, and little is computed in vain whatever their number. One warp fetches tiles by the copy
-// engine, two warpgroups multiply 64 rows of weights each. Tiles are handed out by a counter, those of wide experts first.
+// into equal tiles of at most 320, and little is computed in vain whatever their number. One warp fetches weights by the copy
+// engine and one tokens, each into a ring of its own: weights come from memory and want more stages than tokens, which the cache
+// has. Two warpgroups multiply 64 rows of weights each. Tiles are handed out by a counter, those of wide experts first.
 //
 // Macros: HIDDEN, INTERMEDIATE, LOCAL experts, ELEMENT_IS_BFLOAT16. Shapes: R rows, H hidden, F intermediate, L local experts.
 
@@ -10,24 +11,58 @@
 
 constexpr int ROWS = 128;      // of weights in a tile
 constexpr int COLUMNS = 64;    // of a step
-constexpr int WIDEST = 256;    // tokens in a tile
+constexpr int WIDEST = 320;    // tokens in a tile
 constexpr int BOX = 32;        // tokens that are fetched at once
-constexpr int STAGES = 4;
 constexpr int WEIGHT_BYTES = ROWS * COLUMNS * 2;
-constexpr int STAGE_BYTES = WEIGHT_BYTES + WIDEST * COLUMNS * 2;
-constexpr int GROUP_OUT_BYTES = 16384;  // a warpgroup's results on their way to memory
+constexpr int BOX_BYTES = BOX * COLUMNS * 2;
+constexpr int GROUP_OUT_BYTES = 8192;  // a warpgroup's results on their way to memory
+constexpr int RING_BYTES = 212992;     // of weights and tokens
+constexpr int MOST_WEIGHTS = 10;       // stages
 constexpr int CONSUMERS = 256;
-constexpr int RING = 2;
+constexpr int TURNS = 2;
 
 struct Experts {  // with rows here, those with the widest tiles first
   int expert[LOCAL], row[LOCAL], count[LOCAL], tiles[LOCAL], width[LOCAL], first[LOCAL + 1];
 };
 
+template <int MOST>
+struct Ring {
+  uint64_t full[MOST], empty[MOST];
+};
+
 struct Shared {
-  uint64_t full[STAGES], empty[STAGES], given[RING], taken[RING];
-  int tile[RING];
+  Ring<MOST_WEIGHTS> weights;
+  Ring<4> tokens;
+  uint64_t given[TURNS], taken[TURNS];
+  int tile[TURNS];
   Experts experts;
 };
+
+// A ring as one warp goes through it.
+struct Cursor {
+  uint32_t full, empty, memory, bytes;
+  int stages, stage;
+  uint32_t parity;
+  __forceinline__ uint32_t full_barrier() const { return full + 8 * stage; }
+  __forceinline__ uint32_t empty_barrier() const { return empty + 8 * stage; }
+  __forceinline__ uint32_t address() const { return memory + stage * bytes; }
+  __forceinline__ void next() {
+    if (++stage == stages) stage = 0, parity ^= 1;
+  }
+};
+
+struct Rings {
+  Cursor weights, tokens;
+};
+
+// As many stages of each as there is room for, if the widest tile has `width` tokens.
+__forceinline__ Rings make_rings(Shared& shared, uint32_t memory, int width) {
+  int bytes = (width + BOX - 1) / BOX * BOX_BYTES, tokens = width <= 160 ? 4 : 3;
+  int weights = min(MOST_WEIGHTS, (RING_BYTES - tokens * bytes) / WEIGHT_BYTES);
+  return {{shared_address(shared.weights.full), shared_address(shared.weights.empty), memory, WEIGHT_BYTES, weights, 0, 0},
+          {shared_address(shared.tokens.full), shared_address(shared.tokens.empty), memory + weights * WEIGHT_BYTES,
+           uint32_t(bytes), tokens, 0, 0}};
+}
 
 struct Tile {
   int expert, column, row, count, width, tiles;  // column: of tiles; row: the first one; count: rows that are the expert's
@@ -68,185 +103,209 @@ __forceinline__ void plan(Experts& experts, const int* totals, int column_tiles)
   for (int s = 0; s < LOCAL; s++) experts.first[s + 1] = experts.first[s] + experts.tiles[s] * column_tiles;
 }
 
-struct Position {  // in the ring of stages
-  int stage = 0;
-  uint32_t parity = 0;
-  __forceinline__ void next() {
-    if (++stage == STAGES) stage = 0, parity ^= 1;
-  }
-};
-
 __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
-// The up product's results: of each warp, sums of 8 rows of gate and, 8 below, of up.
+// The up product's results: of each warp, sums of 8 rows of gate and, 8 below, of up. `first`: the tile's token of `d`.
 template <int N>
-__forceinline__ void write_up(float (&d)[N / 2], uint32_t out, uint16_t* inner, const Tile& tile, int group, int thread) {
-  int warp = thread / 32, lane = thread % 32;
-  named_sync(1 + group, 128);
-#pragma unroll
-  for (int j = 0; j < N / 8; j += 2) {
-    uint32_t pairs[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      float* s = d + 4 * (j + i);
-      pairs[i] = to_pair(silu(s[0]) * s[2], silu(s[1]) * s[3]);
-    }
-    int token = 8 * j + lane % 16;
-    store_transposed(out + token * 64 + (warp ^ (token >> 1 & 3)) * 16, pairs[0], pairs[1]);
-  }
-  named_sync(1 + group, 128);
-  int chunk = thread % 4, column = tile.column * (ROWS / 2) + group * 32 + chunk * 8;
-  if (column < INTERMEDIATE)
-    for (int token = thread / 4; token < tile.count; token += 32) {
-      Chunk values = load_shared(out + token * 64 + (chunk ^ (token >> 1 & 3)) * 16);
-      *reinterpret_cast<Chunk*>(inner + int64_t(tile.row + token) * INTERMEDIATE + column) = values;
-    }
-}
-
-template <int N>
-__forceinline__ void write_down(float (&d)[N / 2], uint32_t out, uint16_t* results, const Tile& tile, int group, int thread) {
+__forceinline__ void write_up(float (&d)[N / 2], int first, uint32_t out, uint16_t* inner, const Tile& tile, int group, int thread) {
   constexpr int TOKENS = 128;  // at a time
   int warp = thread / 32, lane = thread % 32;
-  int chunk = thread % 8, column = tile.column * ROWS + group * 64 + chunk * 8;
+  int chunk = thread % 4, column = tile.column * (ROWS / 2) + group * 32 + chunk * 8;
 #pragma unroll
-  for (int first = 0; first < N; first += TOKENS) {
+  for (int part = 0; part < N; part += TOKENS) {
     named_sync(1 + group, 128);
 #pragma unroll
     for (int j = 0; j < TOKENS; j += 16) {
-      if (first + j < N) {
+      if (part + j < N) {
         constexpr int LAST = N / 2 - 8;
-        int s = first / 2 + j / 2 < LAST ? first / 2 + j / 2 : LAST, token = j + lane / 16 * 8 + lane % 8;
+        int s = part / 2 + j / 2 < LAST ? part / 2 + j / 2 : LAST, token = j + lane % 16;
+        store_transposed(out + token * 64 + (warp ^ (token >> 1 & 3)) * 16,
+                         to_pair(silu(d[s]) * d[s + 2], silu(d[s + 1]) * d[s + 3]),
+                         to_pair(silu(d[s + 4]) * d[s + 6], silu(d[s + 5]) * d[s + 7]));
+      }
+    }
+    named_sync(1 + group, 128);
+    if (column < INTERMEDIATE)
+      for (int token = thread / 4; token < min(min(TOKENS, N - part), tile.count - first - part); token += 32) {
+        Chunk values = load_shared(out + token * 64 + (chunk ^ (token >> 1 & 3)) * 16);
+        *reinterpret_cast<Chunk*>(inner + int64_t(tile.row + first + part + token) * INTERMEDIATE + column) = values;
+      }
+  }
+}
+
+template <int N>
+__forceinline__ void write_down(float (&d)[N / 2], int first, uint32_t out, uint16_t* results, const Tile& tile, int group,
+                       int thread) {
+  constexpr int TOKENS = 64;  // at a time
+  int warp = thread / 32, lane = thread % 32;
+  int chunk = thread % 8, column = tile.column * ROWS + group * 64 + chunk * 8;
+#pragma unroll
+  for (int part = 0; part < N; part += TOKENS) {
+    named_sync(1 + group, 128);
+#pragma unroll
+    for (int j = 0; j < TOKENS; j += 16) {
+      if (part + j < N) {
+        constexpr int LAST = N / 2 - 8;
+        int s = part / 2 + j / 2 < LAST ? part / 2 + j / 2 : LAST, token = j + lane / 16 * 8 + lane % 8;
         store_transposed(out + token * 128 + ((2 * warp + lane / 8 % 2) ^ (token & 7)) * 16, to_pair(d[s], d[s + 1]),
                          to_pair(d[s + 2], d[s + 3]), to_pair(d[s + 4], d[s + 5]), to_pair(d[s + 6], d[s + 7]));
       }
     }
     named_sync(1 + group, 128);
     if (column < HIDDEN)
-      for (int token = thread / 8; token < min(TOKENS, tile.count - first); token += 16) {
+      for (int token = thread / 8; token < min(min(TOKENS, N - part), tile.count - first - part); token += 16) {
         Chunk values = load_shared(out + token * 128 + (chunk ^ (token & 7)) * 16);
-        *reinterpret_cast<Chunk*>(results + int64_t(tile.row + first + token) * HIDDEN + column) = values;
+        *reinterpret_cast<Chunk*>(results + int64_t(tile.row + first + part + token) * HIDDEN + column) = values;
       }
   }
 }
 
-// A warpgroup's 64 rows of weights by the tile's tokens.
-template <bool UP, int STEPS, int N>
-__forceinline__ void multiply(Shared& shared, uint32_t stages, uint32_t out, Position& at, uint16_t* y, const Tile& tile, int group,
-                     int thread) {
-  float d[N / 2];
+template <bool UP, int N>
+__forceinline__ void write(float (&d)[N / 2], int first, uint32_t out, uint16_t* y, const Tile& tile, int group, int thread) {
+  if constexpr (UP)
+    write_up<N>(d, first, out, y, tile, group, thread);
+  else
+    write_down<N>(d, first, out, y, tile, group, thread);
+}
+
+// A warpgroup's 64 rows of weights by the tile's tokens: N of them, and if the tile is wider than one instruction, `MORE`.
+template <bool UP, int STEPS, int N, int MORE>
+__forceinline__ void multiply(Rings& rings, uint32_t out, uint16_t* y, const Tile& tile, int group, int thread) {
+  float d[N / 2], more[MORE ? MORE / 2 : 1];
 #pragma unroll
   for (int i = 0; i < N / 2; i++) d[i] = 0;
-  uint32_t full = shared_address(shared.full), empty = shared_address(shared.empty);
-  int before = 0;
+#pragma unroll
+  for (int i = 0; i < MORE / 2; i++) more[i] = 0;
+  uint32_t weights_before = 0, tokens_before = 0;
   for (int step = 0; step < STEPS; step++) {
-    wait(full + 8 * at.stage, at.parity);
-    uint32_t weights = stages + at.stage * STAGE_BYTES;
-    uint64_t a = rows_of_k(weights + group * (WEIGHT_BYTES / 2)), b = rows_of_k(weights + WEIGHT_BYTES);
+    wait(rings.weights.full_barrier(), rings.weights.parity);
+    wait(rings.tokens.full_barrier(), rings.tokens.parity);
+    uint64_t a = rows_of_k(rings.weights.address() + group * (WEIGHT_BYTES / 2)), b = rows_of_k(rings.tokens.address());
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < COLUMNS / 16; k++) wgmma<N>(d, a + 2 * k, b + 2 * k, 1);
+    for (int k = 0; k < COLUMNS / 16; k++) {
+      wgmma<N>(d, a + 2 * k, b + 2 * k, 1);
+      if constexpr (MORE > 0) wgmma<MORE>(more, a + 2 * k, b + 2 * k + N * COLUMNS * 2 / 16, 1);
+    }
     wgmma_commit();
     wgmma_wait<1>();
-    if (step && thread % 32 == 0) arrive(empty + 8 * before);
-    before = at.stage;
-    at.next();
+    if (step && thread % 32 == 0) arrive(weights_before), arrive(tokens_before);
+    weights_before = rings.weights.empty_barrier(), tokens_before = rings.tokens.empty_barrier();
+    rings.weights.next();
+    rings.tokens.next();
   }
   wgmma_wait<0>();
   hold(d);
-  if (thread % 32 == 0) arrive(empty + 8 * before);
-  if constexpr (UP)
-    write_up<N>(d, out, y, tile, group, thread);
-  else
-    write_down<N>(d, out, y, tile, group, thread);
+  hold(more);
+  if (thread % 32 == 0) arrive(weights_before), arrive(tokens_before);
+  write<UP, N>(d, 0, out, y, tile, group, thread);
+  if constexpr (MORE > 0) write<UP, MORE>(more, N, out, y, tile, group, thread);
+}
+
+// The number of the tile of a turn, from the warp that fetches weights.
+__forceinline__ int next_tile(Shared& shared, int turn) {
+  int slot = turn % TURNS;
+  wait(shared_address(shared.given + slot), turn / TURNS & 1);
+  int index = *static_cast<volatile int*>(shared.tile + slot);
+  arrive(shared_address(shared.taken + slot));
+  return index;
 }
 
 template <bool UP, int STEPS>
-__forceinline__ void consume(Shared& shared, uint32_t stages, uint32_t outs, uint16_t* y, int group, int thread, int count) {
-  uint32_t given = shared_address(shared.given), taken = shared_address(shared.taken);
-  uint32_t out = outs + group * GROUP_OUT_BYTES;
-  Position at;
-  for (int turn = 0;; turn++) {
-    int slot = turn % RING;
-    wait(given + 8 * slot, turn / RING & 1);
-    int index = *static_cast<volatile int*>(shared.tile + slot);
-    arrive(taken + 8 * slot);
-    if (index >= count) break;
+__forceinline__ void consume(Shared& shared, Rings rings, uint32_t out, uint16_t* y, int group, int thread, int count) {
+  for (int turn = 0, index; (index = next_tile(shared, turn)) < count; turn++) {
     Tile tile = locate(shared.experts, index);
-#define WIDTH(n) \
-  case n: multiply<UP, STEPS, n>(shared, stages, out, at, y, tile, group, thread); break;
+#define WIDTH(n, more) \
+  case n + more: multiply<UP, STEPS, n, more>(rings, out, y, tile, group, thread); break;
     switch (tile.width) {
-      WIDTH(16) WIDTH(32) WIDTH(64) WIDTH(96) WIDTH(128)
-      WIDTH(144) WIDTH(160) WIDTH(176) WIDTH(192) WIDTH(208) WIDTH(224) WIDTH(240) WIDTH(256)
+      WIDTH(16, 0) WIDTH(32, 0) WIDTH(64, 0) WIDTH(96, 0) WIDTH(128, 0)
+      WIDTH(144, 0) WIDTH(160, 0) WIDTH(176, 0) WIDTH(192, 0) WIDTH(208, 0) WIDTH(224, 0) WIDTH(240, 0) WIDTH(256, 0)
+      WIDTH(144, 128) WIDTH(144, 144) WIDTH(160, 144) WIDTH(160, 160)
     }
 #undef WIDTH
   }
 }
 
 template <bool UP, int STEPS>
-__forceinline__ void produce(Shared& shared, uint32_t stages, const TensorMap* weights, const TensorMap* tokens, int* counter,
-                    int count) {
-  uint32_t full = shared_address(shared.full), empty = shared_address(shared.empty);
-  uint32_t given = shared_address(shared.given), taken = shared_address(shared.taken);
-  Position at;
+__forceinline__ void fetch_weights(Shared& shared, Cursor ring, const TensorMap* weights, int* counter, int count) {
   int index = atomicAdd(counter, 1);
   for (int turn = 0;; turn++) {
-    int slot = turn % RING;
-    wait(taken + 8 * slot, (turn / RING & 1) ^ 1);
+    int slot = turn % TURNS;
+    wait(shared_address(shared.taken + slot), (turn / TURNS & 1) ^ 1);
     *static_cast<volatile int*>(shared.tile + slot) = index;
-    arrive(given + 8 * slot);
+    arrive(shared_address(shared.given + slot));
     if (index >= count) break;
     Tile tile = locate(shared.experts, index);
     index = atomicAdd(counter, 1);
-    int boxes = (tile.width + BOX - 1) / BOX;
     uint64_t policy = tile.tiles > 1 ? EVICT_NORMAL : EVICT_FIRST;
-    for (int step = 0; step < STEPS; step++) {
-      wait(empty + 8 * at.stage, at.parity ^ 1);
-      uint32_t to = stages + at.stage * STAGE_BYTES, barrier = full + 8 * at.stage;
-      arrive_expecting(barrier, WEIGHT_BYTES + boxes * (BOX * COLUMNS * 2));
+    for (int step = 0; step < STEPS; step++, ring.next()) {
+      wait(ring.empty_barrier(), ring.parity ^ 1);
+      arrive_expecting(ring.full_barrier(), WEIGHT_BYTES);
       if constexpr (UP)  // groups of 8 rows of gate and of up by turns
-        load_box(to, weights, barrier, policy, step * COLUMNS, 0, 0, tile.column * (ROWS / 16), tile.expert);
+        load_box(ring.address(), weights, ring.full_barrier(), policy, step * COLUMNS, 0, 0, tile.column * (ROWS / 16),
+                 tile.expert);
       else
-        load_box(to, weights, barrier, policy, step * COLUMNS, tile.column * ROWS, tile.expert);
-      for (int box = 0; box < boxes; box++)
-        load_box(to + WEIGHT_BYTES + box * (BOX * COLUMNS * 2), tokens, barrier, EVICT_LAST, step * COLUMNS,
-                 tile.row + box * BOX);
-      at.next();
+        load_box(ring.address(), weights, ring.full_barrier(), policy, step * COLUMNS, tile.column * ROWS, tile.expert);
     }
   }
 }
 
+template <int STEPS>
+__forceinline__ void fetch_tokens(Shared& shared, Cursor ring, const TensorMap* tokens, int count) {
+  for (int turn = 0, index; (index = next_tile(shared, turn)) < count; turn++) {
+    Tile tile = locate(shared.experts, index);
+    int boxes = (tile.width + BOX - 1) / BOX;
+    for (int step = 0; step < STEPS; step++, ring.next()) {
+      wait(ring.empty_barrier(), ring.parity ^ 1);
+      arrive_expecting(ring.full_barrier(), boxes * BOX_BYTES);
+      for (int box = 0; box < boxes; box++)
+        load_box(ring.address() + box * BOX_BYTES, tokens, ring.full_barrier(), EVICT_LAST, step * COLUMNS,
+                 tile.row + box * BOX);
+    }
+  }
+}
+
+// `totals` are there when the launch before this one starts: of the up product's, the one before is waited for.
 template <bool UP, int STEPS, int COLUMN_TILES>
 __forceinline__ void run(const TensorMap* weights, const TensorMap* tokens, const int* totals, int* counter, uint16_t* y) {
   extern __shared__ char memory[];
-  uint32_t stages = (shared_address(memory) + 1023) & ~1023u;
-  char* begin = memory + (stages - shared_address(memory));
-  uint32_t outs = stages + STAGES * STAGE_BYTES;
-  Shared& shared = *reinterpret_cast<Shared*>(begin + STAGES * STAGE_BYTES + 2 * GROUP_OUT_BYTES);
+  uint32_t ring = (shared_address(memory) + 1023) & ~1023u, outs = ring + RING_BYTES;
+  Shared& shared = *reinterpret_cast<Shared*>(memory + (outs + 2 * GROUP_OUT_BYTES - shared_address(memory)));
   int group = threadIdx.x / 128, thread = threadIdx.x % 128;
   if (threadIdx.x == 0) {
     prefetch(weights);
     prefetch(tokens);
-    for (int i = 0; i < STAGES; i++) {
-      barrier_init(shared_address(shared.full + i), 1);
-      barrier_init(shared_address(shared.empty + i), CONSUMERS / 32);
+    for (int i = 0; i < MOST_WEIGHTS; i++) {
+      barrier_init(shared_address(shared.weights.full + i), 1);
+      barrier_init(shared_address(shared.weights.empty + i), CONSUMERS / 32);
     }
-    for (int i = 0; i < RING; i++) {
+    for (int i = 0; i < 4; i++) {
+      barrier_init(shared_address(shared.tokens.full + i), 1);
+      barrier_init(shared_address(shared.tokens.empty + i), CONSUMERS / 32);
+    }
+    for (int i = 0; i < TURNS; i++) {
       barrier_init(shared_address(shared.given + i), 1);
-      barrier_init(shared_address(shared.taken + i), CONSUMERS);
+      barrier_init(shared_address(shared.taken + i), CONSUMERS + 1);
     }
     barrier_init_fence();
   }
+  if constexpr (UP) wait_for_previous();
   let_next_start();
-  wait_for_previous();
   if (threadIdx.x == 0) plan(shared.experts, totals, COLUMN_TILES);
   __syncthreads();
   int count = shared.experts.first[LOCAL];
+  Rings rings = make_rings(shared, ring, shared.experts.width[0]);
   if (group == 0) {
     fewer_registers<40>();
-    if (thread == 0) produce<UP, STEPS>(shared, stages, weights, tokens, counter, count);
+    if (thread == 0) fetch_weights<UP, STEPS>(shared, rings.weights, weights, counter, count);
+    if (thread == 32) {
+      wait_for_previous();
+      fetch_tokens<STEPS>(shared, rings.tokens, tokens, count);
+    }
   } else {
     more_registers<232>();
-    consume<UP, STEPS>(shared, stages, outs, y, group - 1, thread, count);
+    wait_for_previous();  // what it computed may stand where this launch's results go
+    consume<UP, STEPS>(shared, rings, outs + (group - 1) * GROUP_OUT_BYTES, y, group - 1, thread, count);
   }
 }
 

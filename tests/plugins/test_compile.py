@@ -8,7 +8,8 @@ import pytest
 from test_launch import ATTENTION, MOE, attention_dims, moe_dims, norm_dims
 
 from moecompiler.plugins.compile import compile_kernel
-from moecompiler.plugins.launch import Kernel, shared_memory
+from moecompiler.plugins.hopper.compile import compile_image
+from moecompiler.plugins.launch import AnyKernel, CudaKernel, Kernel, shared_memory
 from moecompiler.plugins.sampling.launch import SamplingTactic
 from moecompiler.plugins.tactics import tactics
 
@@ -23,7 +24,7 @@ def fresh_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def all_kernels(sm: int, dtype: str) -> dict[str, list[Kernel]]:
+def all_kernels(sm: int, dtype: str) -> dict[str, list[AnyKernel]]:
     """Of a layer of Mixtral 8x7B, by function."""
     nodes = (
         ("MoE", MOE, moe_dims(-1)),
@@ -31,7 +32,7 @@ def all_kernels(sm: int, dtype: str) -> dict[str, list[Kernel]]:
         ("RMSNorm", {"epsilon": 1e-5}, norm_dims(-1, -1)),
         ("AddRMSNorm", {"epsilon": 1e-5}, (norm_dims(-1, -1)[0], *norm_dims(-1, -1))),
     )
-    found: dict[str, list[Kernel]] = {}
+    found: dict[str, list[AnyKernel]] = {}
     for op, attributes, dims in nodes:
         for tactic in tactics(op, attributes, dims, dtype, sm):
             for kernel in tactic.kernels:
@@ -41,11 +42,15 @@ def all_kernels(sm: int, dtype: str) -> dict[str, list[Kernel]]:
     return found
 
 
-def assert_fits(kernel: Kernel, sm: int) -> None:
+def assert_fits(kernel: AnyKernel, sm: int) -> None:
     cubin = compile_kernel(kernel, sm)
     assert cubin.image[:4] == b"\x7fELF"
     assert cubin.name.encode() in cubin.image
     assert cubin.shared <= shared_memory(sm), f"{kernel.function}: {cubin.shared} bytes of shared memory"
+    if isinstance(kernel, CudaKernel):
+        _, log = compile_image(kernel, sm)
+        assert "0 bytes spill stores" in log, log
+        assert "serialized" not in log, log  # wgmma instructions that wait for each other
 
 
 @pytest.mark.parametrize("sm", SMS)
@@ -69,4 +74,10 @@ def test_all_kernels_compile(sm: int, dtype: str) -> None:
 def test_a_kernel_whose_arguments_do_not_fit_is_refused() -> None:
     kernel = Kernel("moecompiler.plugins.rmsnorm.kernels", "rms_norm", (("x", "*fp16"),), (("HIDDEN", 64),))
     with pytest.raises(ValueError, match="rms_norm takes"):
+        compile_kernel(kernel, 90)
+
+
+def test_cuda_that_does_not_compile_is_refused() -> None:
+    kernel = CudaKernel("moecompiler.plugins.moe/grouped.cu", "grouped_up", (), (("LOCAL", 8),), 12, 0)
+    with pytest.raises(RuntimeError, match='"HIDDEN" is undefined'):
         compile_kernel(kernel, 90)

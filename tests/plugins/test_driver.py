@@ -1,0 +1,90 @@
+"""What a plan's launch hands to the CUDA driver, which is a recorder here."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import pytest
+
+pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
+
+from cuda.bindings import driver as cuda
+
+from moecompiler.plugins.driver import Function, load, run, tensor_map
+from moecompiler.plugins.launch import (
+    AnyKernel,
+    Cubin,
+    CudaKernel,
+    Input,
+    Kernel,
+    Launch,
+    Output,
+    TensorMap,
+    Workspace,
+)
+
+SIGNATURE = (("x", "*fp16"), ("n", "i32"), ("scale", "fp32"))
+TRITON = Kernel("module", "kernel", SIGNATURE, ())
+CUDA = CudaKernel("package/file.cu", "kernel", (("x", "tensormap"), ("y", "*i16")), (), 12, 100_000)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[Any, ...]]]:
+    made: dict[str, list[tuple[Any, ...]]] = {}
+
+    def record(name: str, *results: Any) -> None:
+        def call(*args: Any) -> tuple[Any, ...]:
+            made.setdefault(name, []).append(args)
+            return (cuda.CUresult.CUDA_SUCCESS, *results)
+
+        monkeypatch.setattr(cuda, name, call)
+
+    record("cuModuleLoadData", 1)
+    record("cuModuleGetFunction", cuda.CUfunction(7))
+    record("cuFuncSetAttribute")
+    record("cuTensorMapEncodeTiled", "map")
+    record("cuLaunchKernelEx")
+    tensor_map.cache_clear()
+    return made
+
+
+def loaded(kernel: AnyKernel, scratch: int = 0) -> Function:
+    return load(Cubin(b"image", kernel.function, 100_000, 12, scratch), kernel)
+
+
+def test_triton_kernels_get_two_hidden_pointers(calls: dict[str, list[tuple[Any, ...]]]) -> None:
+    launch = Launch(0, (3, 2, 1), (Workspace(64), 5, 0.5))
+    run([loaded(TRITON, scratch=16)], [launch], [], [], workspace=1000, scratch=5000, stream=0)
+    config, _, (values, types), _ = calls["cuLaunchKernelEx"][0]
+    assert values == (1064, 5, 0.5, 5000, 0)
+    assert types == (ctypes.c_void_p, ctypes.c_int32, ctypes.c_float, ctypes.c_void_p, ctypes.c_void_p)
+    assert (config.gridDimX, config.gridDimY, config.blockDimX, config.sharedMemBytes) == (3, 2, 384, 100_000)
+    assert calls["cuFuncSetAttribute"][0][2] == 100_000  # above 48 KB it has to be asked for
+
+
+def test_cuda_kernels_get_what_they_name(calls: dict[str, list[tuple[Any, ...]]]) -> None:
+    """A tensor map is made of the address, its axes the other way round, strides in bytes; and once."""
+    view = TensorMap(Input(0), "bfloat16", (5, 40, 64), (2560, 64), (1, 32, 64))
+    launch = Launch(0, (132, 1, 1), (view, Output(0)))
+    for _ in range(2):
+        run([loaded(CUDA)], [launch], [256], [512], workspace=0, scratch=0, stream=0)
+    _, _, (values, types), _ = calls["cuLaunchKernelEx"][0]
+    assert values == ("map", 512)
+    assert types == (None, ctypes.c_void_p)
+    (encoded,) = calls["cuTensorMapEncodeTiled"]
+    kind, rank, address, sizes, strides, box, steps = encoded[:7]
+    assert kind == cuda.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+    assert (rank, address) == (3, 256)
+    assert [[int(n) for n in numbers] for numbers in (sizes, strides, box, steps)] == [
+        [64, 40, 5],
+        [128, 5120],
+        [64, 32, 1],
+        [1, 1, 1],
+    ]
+
+
+def test_a_refusal_of_the_driver_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "cuModuleLoadData", lambda image: (cuda.CUresult.CUDA_ERROR_INVALID_IMAGE, None))
+    with pytest.raises(RuntimeError, match="CUDA_ERROR_INVALID_IMAGE"):
+        load(Cubin(b"", "kernel", 0, 4, 0), TRITON)
