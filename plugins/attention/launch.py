@@ -182,8 +182,8 @@ class AttentionTactic:
         tiles = -(-length // self.prefill.tokens)
         if isinstance(self.prefill, PrefillTiles):
             rows = batch * self.kv_heads * slots
-            args = (_QUERY, _COS, _SIN, _POSITIONS, _KEYS, _VALUES, _OUTPUT, length, slots, scale, rows)
-            return Launch(_PREFILL, (self.heads, tiles, batch), args, self._overlapped)
+            tiled = (_QUERY, _COS, _SIN, _POSITIONS, _KEYS, _VALUES, _OUTPUT, length, slots, scale, rows)
+            return Launch(_PREFILL, (self.heads, tiles, batch), tiled, self._overlapped)
         sizes, strides = (batch * self.kv_heads, slots, self.head_dim), (slots * self.head_dim, self.head_dim)
         keys, values = (
             TensorMap(cache, self.dtype, sizes, strides, (1, self.prefill.slots, 64)) for cache in (_KEYS, _VALUES)
