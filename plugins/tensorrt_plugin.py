@@ -7,6 +7,7 @@ module, so import it late.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -226,6 +227,9 @@ def register(ops: Mapping[str, PluginOp]) -> None:
     for creator in creators:
         if registry.get_creator(creator.name, str(VERSION), DOMAIN) is None:
             registry.register_creator(creator, DOMAIN)
+            atexit.register(
+                registry.deregister_creator, creator
+            )  # and till then keeps it: the registry does not own it
 
 
 def check_fields() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -15,22 +16,29 @@ import numpy as np
 import onnxruntime
 
 from moecompiler.backends.onnxruntime import open_session
+from moecompiler.graph import DOMAIN
 
 OK = (0,)
 
 
 class FakeDriver:
-    """The functions of ``cuda.bindings.driver`` that are called; a captured graph is the list of what was enqueued."""
+    """The functions of ``cuda.bindings.driver`` that are called. What is put on a stream is done when somebody waits for it, in
+    order; page-locked memory is read and written then, other memory of the host at once, as with the real one. A captured graph
+    is the list of what was enqueued."""
 
     CUresult = SimpleNamespace(CUDA_ERROR_OUT_OF_MEMORY=2)
     CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
+    CUevent_flags = SimpleNamespace(CU_EVENT_DISABLE_TIMING=2)
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
 
     def __init__(self, memory: int = 1 << 30):
         self.blocks: dict[int, np.ndarray] = {}
+        self.locked: set[int] = set()
         self.free = self.memory = memory
+        self.pending: deque[Callable[[], None]] = deque()
         self.capturing: list[Callable[[], None]] | None = None
         self.launched = self.captured = 0
+        self.destroyed: list[str] = []
 
     def cuMemAlloc(self, count: int) -> tuple[Any, ...]:
         if count > self.free:
@@ -40,11 +48,16 @@ class FakeDriver:
         self.blocks[block.ctypes.data] = block
         return 0, block.ctypes.data
 
-    cuMemAllocHost = cuMemAlloc
+    def cuMemAllocHost(self, count: int) -> tuple[Any, ...]:
+        status, pointer = self.cuMemAlloc(count)
+        self.locked.add(pointer)
+        return status, pointer
 
     def cuMemFree(self, pointer: int) -> tuple[int]:
+        self._finish()
         self.free += len(self.blocks[pointer])
         self.blocks[pointer][:] = 0xFF
+        self.destroyed.append("memory")
         return OK
 
     cuMemFreeHost = cuMemFree
@@ -65,24 +78,48 @@ class FakeDriver:
         return 0, 7
 
     def cuStreamDestroy(self, stream: int) -> tuple[int]:
+        self.destroyed.append("stream")
         return OK
 
     def cuStreamSynchronize(self, stream: int) -> tuple[int]:
+        self._finish()
+        return OK
+
+    def cuEventCreate(self, flags: int) -> tuple[Any, ...]:
+        return 0, {"passed": True}
+
+    def cuEventDestroy(self, event: dict[str, bool]) -> tuple[int]:
+        return OK
+
+    def cuEventRecord(self, event: dict[str, bool], stream: int) -> tuple[int]:
+        event["passed"] = False
+        self.enqueue(lambda: event.update(passed=True))
+        return OK
+
+    def cuEventSynchronize(self, event: dict[str, bool]) -> tuple[int]:
+        while not event["passed"]:
+            self.pending.popleft()()
         return OK
 
     def cuMemcpyHtoDAsync(self, target: int, source: int, count: int, stream: int) -> tuple[int]:
         self._holding(target, count)
-        ctypes.memmove(target, source, count)
+        if self._is_locked(source):
+            self.enqueue(lambda: ctypes.memmove(target, source, count))
+        else:
+            data = ctypes.string_at(source, count)
+            self.enqueue(lambda: ctypes.memmove(target, data, count))
         return OK
 
     def cuMemcpyDtoHAsync(self, target: int, source: int, count: int, stream: int) -> tuple[int]:
         self._holding(source, count)
-        ctypes.memmove(target, source, count)
+        self.enqueue(lambda: ctypes.memmove(target, source, count))
+        if not self._is_locked(target):
+            self._finish()
         return OK
 
     def cuMemsetD8Async(self, target: int, value: int, count: int, stream: int) -> tuple[int]:
         self._holding(target, count)
-        ctypes.memset(target, value, count)
+        self.enqueue(lambda: ctypes.memset(target, value, count))
         return OK
 
     def cuStreamBeginCapture(self, stream: int, mode: int) -> tuple[int]:
@@ -100,19 +137,24 @@ class FakeDriver:
     def cuGraphDestroy(self, graph: Any) -> tuple[int]:
         return OK
 
-    cuGraphExecDestroy = cuGraphDestroy
+    def cuGraphExecDestroy(self, graph: Any) -> tuple[int]:
+        self.destroyed.append("graph")
+        return OK
 
     def cuGraphLaunch(self, graph: Any, stream: int) -> tuple[int]:
         self.launched += 1
-        for work in graph:
-            work()
+        self.pending.extend(graph)
         return OK
 
-    def enqueue(self, work: Callable[[], None]) -> None:
-        if self.capturing is None:
-            work()
-        else:
-            self.capturing.append(work)
+    def enqueue(self, work: Callable[[], Any]) -> None:
+        (self.pending if self.capturing is None else self.capturing).append(work)
+
+    def _finish(self) -> None:
+        while self.pending:
+            self.pending.popleft()()
+
+    def _is_locked(self, pointer: int) -> bool:
+        return any(begin <= pointer < begin + len(self.blocks[begin]) for begin in self.locked)
 
     def array(self, pointer: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """The GPU's memory as an array."""
@@ -147,6 +189,9 @@ class FakeEngine:
 
     device_memory_size_v2 = 4096
 
+    def __del__(self) -> None:
+        self.driver.destroyed.append("engine")
+
     def __init__(self, session: onnxruntime.InferenceSession, driver: FakeDriver):
         self.session, self.driver = session, driver
         self.values = {value.name: value for value in (*session.get_inputs(), *session.get_outputs())}
@@ -179,6 +224,9 @@ class FakeContext:
         self.engine = engine
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
+
+    def __del__(self) -> None:
+        self.engine.driver.destroyed.append("context")
 
     def set_device_memory(self, pointer: int, count: int) -> None:
         assert count >= self.engine.device_memory_size_v2
@@ -255,6 +303,7 @@ def fake_tensorrt(driver: FakeDriver, loaded: list[FakeEngine]) -> ModuleType:
         register_creator=lambda creator, space: creators.update(
             {(creator.name, creator.plugin_version, space): creator}
         ),
+        deregister_creator=lambda creator: creators.pop((creator.name, creator.plugin_version, DOMAIN), None),
     )
     module.ILogger = type("ILogger", (), {"INTERNAL_ERROR": 0, "ERROR": 1, "WARNING": 2, "__init__": lambda self: None})
     module.IProgressMonitor = type("IProgressMonitor", (), {"__init__": lambda self: None})

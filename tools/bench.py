@@ -23,7 +23,7 @@ from moecompiler.mapping import Mapping
 from moecompiler.runtime.communicator import Communicator
 from moecompiler.runtime.generation import GenerationOptions, check_request, generate
 from moecompiler.runtime.mpi import world
-from moecompiler.runtime.session import StageSession
+from moecompiler.runtime.session import StageSession, closing
 from moecompiler.runtime.threads import run_in_threads
 from moecompiler.tools import options as opt
 from moecompiler.tools.job import Job
@@ -114,10 +114,12 @@ def bench_rank(request: Request, communicator: Communicator) -> list[Figures]:
             f" start it with `mpirun -n {job.mapping.world_size}`, or with --in_process"
         )
     threads = request.threads or share_of_cores(communicator)
-    session = together(communicator, lambda: load_rank(artifact, communicator.rank, threads, request.check_hashes))
-    for case in request.cases:
-        _check_case(case, session, communicator, job.mapping)
-    return [_measure(case, request, session, communicator, job.mapping) for case in request.cases]
+    with closing(
+        together(communicator, lambda: load_rank(artifact, communicator.rank, threads, request.check_hashes))
+    ) as session:
+        for case in request.cases:
+            _check_case(case, session, communicator, job.mapping)
+        return [_measure(case, request, session, communicator, job.mapping) for case in request.cases]
 
 
 def _check_case(case: Case, session: StageSession, communicator: Communicator, mapping: Mapping) -> None:

@@ -22,7 +22,7 @@ from moecompiler.runtime.mpi import world
 from moecompiler.runtime.outputs import check_writable, write_logits_npy, write_tokens_csv, write_tokens_npy
 from moecompiler.runtime.prompts import Tokenizer, load_tokenizer, read_prompts
 from moecompiler.runtime.sampling import SamplingOptions
-from moecompiler.runtime.session import StageSession
+from moecompiler.runtime.session import StageSession, closing
 from moecompiler.runtime.threads import run_in_threads
 from moecompiler.tools import options as opt
 from moecompiler.tools.backend import open_backend
@@ -143,7 +143,15 @@ def run_rank(request: Request, communicator: Communicator) -> Generation:
         )
     options = together(communicator, lambda: _generation_options(request, job, writes=communicator.rank == 0))
     threads = request.threads or share_of_cores(communicator)
-    session = together(communicator, lambda: load_rank(artifact, communicator.rank, threads, request.check_hashes))
+    with closing(
+        together(communicator, lambda: load_rank(artifact, communicator.rank, threads, request.check_hashes))
+    ) as session:
+        return _run_loaded(request, communicator, job, options, session)
+
+
+def _run_loaded(
+    request: Request, communicator: Communicator, job: Job, options: GenerationOptions, session: StageSession
+) -> Generation:
     tokenizers: list[Tokenizer] = []
 
     def tokenizer() -> Tokenizer:

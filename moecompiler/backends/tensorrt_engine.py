@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from moecompiler.backends.tensorrt_build import process_log
 from moecompiler.backends.tensorrt_messages import explain
 from moecompiler.backends.tensorrt_record import Record
 from moecompiler.errors import UserError
-from moecompiler.runtime.device import Buffer, Graph, Stream
+from moecompiler.runtime.device import Buffer, DeviceError, Graph, Stream
 from moecompiler.runtime.weight_loading import load_weights
 from moecompiler.weights import NUMPY_DTYPES, Shape
 
@@ -58,7 +59,8 @@ class Engine:
 
     def release(self) -> None:
         """Gives all back, what uses something before what it uses. The log stays."""
-        self.stream.synchronize()
+        with suppress(DeviceError):  # a GPU that has failed has nothing to wait for
+            self.stream.synchronize()
         self.graphs.clear()
         self.contexts.clear()
         for name in ("plan", "runtime", "weights", "scratch"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from time import perf_counter
 from typing import Any
 
@@ -148,7 +148,7 @@ class _Rank:
     def samples(self) -> bool:
         return self.communicator.rank == self.sampling_rank
 
-    @property
+    @cached_property
     def device(self) -> SamplingSession | None:
         """The session, where this rank chooses tokens and can do it on its device."""
         session = self.session
@@ -160,7 +160,7 @@ class _Rank:
         first = self.mapping.is_first_stage(rank)
         x = input_ids if first else self.communicator.receive(rank - next_stage)
         step = self.device.sample if self.device is not None else self.session.step
-        y = step(x, position_ids, last_token_ids)
+        y: Any = step(x, position_ids, last_token_ids)
         if self.mapping.is_last_stage(rank):
             return y
         self.communicator.send(y, rank + next_stage)
@@ -196,13 +196,13 @@ def _run_round(
         rank.device.start_sampling(sampler, prompts, options.max_output_len, options.keep_logits)
     rank.communicator.gather_objects(None)  # a rank that loads slowly does not count as a slow first token
     times = [perf_counter()]
-    output = rank.forward(*_prefill_inputs(prompts))
+    output: Any = rank.forward(*_prefill_inputs(prompts))
     for step in range(options.max_output_len):
         choose = partial(_choose, sampler, output, history, active)
         tokens = on_one_rank(rank.communicator, rank.sampling_rank, choose)
         times.append(perf_counter())
         if options.keep_logits and rank.samples:
-            logits = output.logits if isinstance(output, Sampled) else output
+            logits: Any = output.logits if isinstance(output, Sampled) else output
             kept.append(np.where(active[:, None], logits, np.float32(0)))
         new = {int(i): int(tokens[i]) for i in np.flatnonzero(active)}
         for i, token in new.items():

@@ -81,7 +81,7 @@ class Sampler:
         Raises: UserError where the logits of an active row have no finite maximum.
         """
         tokens = np.zeros(len(logits), np.int64)
-        for i in range(len(logits)) if active is None else np.flatnonzero(active):
+        for i in range(len(logits)) if active is None else np.flatnonzero(active).tolist():
             top = logits[i].max()  # NaN where any is
             if not np.isfinite(top):
                 raise self._not_finite(i, top, len(history[i]))
@@ -101,7 +101,7 @@ class Sampler:
 
         Raises: UserError where an active row's is.
         """
-        for i in np.flatnonzero(active & (tokens < 0)):
+        for i in np.flatnonzero(active & (tokens < 0)).tolist():
             raise self._not_finite(i, _NOT_FINITE[int(tokens[i])], len(history[i]))
         return np.where(active, tokens, 0)
 

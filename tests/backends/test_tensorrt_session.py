@@ -2,63 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from fake_gpu import FakeDriver, FakeEngine, fake_tensorrt
-from programs import GRID, MAX_SEQ_LEN, Passage, Programs, Subject, run_ranks
+from fake_session import LIMITS, Setting
+from programs import GRID, MAX_SEQ_LEN, Passage, run_ranks
 
-from moecompiler.backends.base import EngineLimits
 from moecompiler.backends.onnxruntime import OnnxRuntimeSession, open_session
-from moecompiler.backends.tensorrt_record import Made, Record
-from moecompiler.config import ExportOptions
 from moecompiler.errors import UserError
-from moecompiler.runtime import device, weight_loading
+from moecompiler.runtime import weight_loading
 from moecompiler.safetensors_file import write
 
-MADE = Made("10.6.0", 90, "NVIDIA H200", "13.0")
-LIMITS = EngineLimits(5, MAX_SEQ_LEN, MAX_SEQ_LEN, 1536)
 ALONE = GRID["one-rank"]
-_FAKED = tuple(f"tensorrt_{name}" for name in ("build", "engine", "cache", "feeds", "session"))
-
-
-class Setting:
-    """Sessions on a fake GPU; ``engines`` are those they have loaded."""
-
-    def __init__(self, driver: FakeDriver, engines: list[FakeEngine], directory: Path):
-        self.driver, self.engines, self.directory = driver, engines, directory
-
-    def session(self, in_place: bool = False, rows: int = 2, **changes: Any) -> Any:
-        module = importlib.import_module("moecompiler.backends.tensorrt_session")
-        names = [f"{layer}.{kind}" for layer in range(4) for kind in ("key", "value")]
-        aliases = {f"present.{name}": f"past_key_values.{name}" for name in names} if in_place else {}
-        record = Record(MADE, rows, (), changes.get("plugins", {}), aliases)
-        return module.TensorRTSession(self.directory, "rank0", record, LIMITS, None)
-
-
-@pytest.fixture(scope="module")
-def engine_files(programs: Programs, shipped: Subject, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("engine")
-    programs.engines(shipped, ALONE, ExportOptions("float16", max_seq_len=MAX_SEQ_LEN), directory)
-    (directory / "rank0.plan").write_text(str(directory / "rank0.onnx"))
-    return directory
-
-
-@pytest.fixture
-def setting(engine_files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Setting]:
-    driver, engines = FakeDriver(), list[FakeEngine]()
-    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt(driver, engines))
-    monkeypatch.setattr(device, "driver", lambda: driver)
-    for name in _FAKED:
-        monkeypatch.delitem(sys.modules, f"moecompiler.backends.{name}", raising=False)
-    yield Setting(driver, engines, engine_files)
-    for name in _FAKED:
-        sys.modules.pop(f"moecompiler.backends.{name}", None)
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -166,7 +167,10 @@ def test_misread_arrays_are_noticed(setting: Setting, monkeypatch: pytest.Monkey
         TensorRTPlugins().register()
 
 
-def test_register_once(setting: Setting) -> None:
+def test_register_once(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the process ends, that is: the registry points to creators that then go."""
+    at_exit: list[tuple[Callable[..., Any], Any]] = []
+    monkeypatch.setattr(atexit, "register", lambda *call: at_exit.append(call))
     TensorRTPlugins().register()
     registry = setting.tensorrt.get_plugin_registry()
     names = ["RMSNorm", "AddRMSNorm", "Attention", "MoE", "AllReduce", "AllGather"]
@@ -174,6 +178,10 @@ def test_register_once(setting: Setting) -> None:
     assert None not in found
     TensorRTPlugins().register()
     assert [registry.get_creator(f"{name}Plugin", "1", "moecompiler") for name in names] == found
+    assert [creator for _, creator in at_exit] == found
+    for deregister, creator in at_exit:
+        deregister(creator)
+    assert {registry.get_creator(f"{name}Plugin", "1", "moecompiler") for name in names} == {None}
 
 
 @pytest.mark.parametrize(("op", "wanted"), [("AllReduce", [[3.0, 5.0]] * 2), ("AllGather", [[1.0, 2.0, 2.0, 3.0]] * 2)])

@@ -10,7 +10,8 @@ from moecompiler.errors import UserError
 from moecompiler.mapping import Mapping
 from moecompiler.runtime.communicator import Alone, Communicator
 from moecompiler.runtime.generation import Generation, GenerationOptions, generate
-from moecompiler.runtime.sampling import SamplingOptions
+from moecompiler.runtime.sampling import Sampler, SamplingOptions
+from moecompiler.runtime.session import Sampled
 from moecompiler.runtime.threads import run_in_threads
 
 PROMPTS = [[5, 3, 8, 1], [7], [2, 2, 9, 11, 4, 6, 13], [0, 0]]
@@ -187,3 +188,53 @@ def test_logits_that_are_not_finite_are_an_error_on_every_rank() -> None:
     first, second = run_in_threads(2, run)
     assert first == second
     assert first.startswith("sequence 0: the model's logits hold nan after 7 tokens")
+
+
+class DeviceToy(ToySession):
+    """Chooses tokens itself, with its own copy of the sampler's numbers; knows of no end."""
+
+    can_sample = True
+
+    def start_sampling(self, sampler: Sampler, prompts: list[list[int]], steps: int, keep_logits: bool) -> None:
+        self.sampler, self.history, self.keep = sampler, [list(prompt) for prompt in prompts], keep_logits
+        self.asked = {"sample": 0, "sample_next": 0}
+
+    def sample(self, x: np.ndarray, position_ids: np.ndarray, last_token_ids: np.ndarray) -> Sampled:
+        self.asked["sample"] += 1
+        logits = self.step(x, position_ids, last_token_ids)
+        self.tokens = self.sampler.choose(logits, self.history)
+        for row, token in zip(self.history, self.tokens, strict=True):
+            row.append(int(token))
+        return Sampled(self.tokens, logits if self.keep else None)
+
+    def sample_next(self) -> Sampled:
+        self.asked["sample_next"] += 1
+        at = np.array([[len(row) - 1] for row in self.history])
+        sampled = self.sample(self.tokens[:, None], at, np.zeros(len(at), np.int64))
+        self.asked["sample"] -= 1
+        return sampled
+
+
+@pytest.mark.parametrize("name", ["one", *MAPPINGS])
+@pytest.mark.parametrize("keep_logits", [False, True])
+def test_a_device_that_samples_gives_the_same(name: str, keep_logits: bool) -> None:
+    """Alone it feeds itself after the prefill; among ranks one samples, and is fed. Finished sequences go on there, unseen."""
+    mapping = MAPPINGS.get(name, Mapping())
+    sampling = SamplingOptions(temperature=0.8, top_k=12, seed=1, repetition_penalty=1.2)
+    options = GenerationOptions(10, sampling, (17, 3), keep_logits)
+    sessions: dict[int, DeviceToy] = {}
+
+    def run(communicator: Communicator) -> Generation:
+        sessions[communicator.rank] = DeviceToy(communicator, mapping)
+        return generate(sessions[communicator.rank], communicator, mapping, PROMPTS, options)
+
+    wanted = alone(PROMPTS, sampling=sampling, eos_token_ids=(17, 3), keep_logits=keep_logits)
+    ranks = run_in_threads(mapping.world_size, run)
+    assert {tuple(map(tuple, rank.output_ids)) for rank in ranks} == {tuple(map(tuple, wanted.output_ids))}
+    if keep_logits:
+        np.testing.assert_allclose(ranks[0].logits, wanted.logits, atol=1e-5)
+    steps = max(map(len, wanted.output_ids))
+    (sampling_rank,) = [rank for rank, session in sessions.items() if hasattr(session, "asked")]
+    assert sampling_rank == mapping.world_size - mapping.tp_size
+    fed = {"sample": 1, "sample_next": steps - 1} if name == "one" else {"sample": steps, "sample_next": 0}
+    assert sessions[sampling_rank].asked == fed

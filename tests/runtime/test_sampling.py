@@ -77,6 +77,7 @@ def test_all_of_them_in_the_order_of_transformers() -> None:
         SamplingOptions(temperature=0.0),
         SamplingOptions(temperature=0.0, top_k=4, top_p=0.5),
         SamplingOptions(temperature=1e-6),
+        SamplingOptions(temperature=1e-45),
         SamplingOptions(top_k=1, temperature=3.0),
         SamplingOptions(top_p=1e-9),
     ],
@@ -161,3 +162,13 @@ def test_logits_that_are_not_finite(bad: float, options: SamplingOptions) -> Non
 def test_values_out_of_range(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         SamplingOptions(**values)
+
+
+@pytest.mark.parametrize("options", [SamplingOptions(temperature=0.9, seed=3), SamplingOptions()])
+def test_numbers_drawn_ahead_are_those_drawn_step_by_step(options: SamplingOptions) -> None:
+    ahead = Sampler(options, 3, first=2).uniforms(5)
+    assert ahead.shape == (5, 3)
+    sampler = Sampler(options, 3, first=2)
+    logits = np.zeros((3, 1000), np.float32)
+    for numbers in ahead:
+        np.testing.assert_array_equal(sampler.choose(logits, [[]] * 3), (1000 * numbers).astype(int))
