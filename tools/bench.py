@@ -23,6 +23,7 @@ from moecompiler.mapping import Mapping
 from moecompiler.runtime.communicator import Communicator
 from moecompiler.runtime.generation import GenerationOptions, check_request, generate
 from moecompiler.runtime.mpi import world
+from moecompiler.runtime.sampling import SamplingOptions
 from moecompiler.runtime.session import StageSession, closing
 from moecompiler.runtime.threads import run_in_threads
 from moecompiler.tools import options as opt
@@ -42,8 +43,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Figures:
-    """Medians over runs: seconds up to the first tokens, seconds of a decode step (and the 90th percentile of all), decode
-    tokens per second over the batch, and tokens in and out per second of the whole."""
+    """Medians over runs: seconds up to the first tokens, seconds from a step's tokens to the next one's (and the 90th percentile
+    of all), decode tokens per second over the batch, and tokens in and out per second of the whole."""
 
     batch_size: int
     input_len: int
@@ -63,7 +64,7 @@ class Request:
     cases: tuple[Case, ...]
     runs: int
     warmup: int
-    seed: int
+    sampling: SamplingOptions
     threads: int
     check_hashes: bool
 
@@ -75,7 +76,10 @@ def bench(
     output_len: Annotated[str, typer.Option("--output_len", help="Tokens to generate; several by commas.")] = "32",
     runs: Annotated[int, typer.Option("--runs", min=1, help="How often each is measured.")] = 3,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="How often each runs unmeasured first.")] = 1,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the prompts' random tokens.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the prompts' random tokens, and of the choice.")] = 0,
+    temperature: Annotated[float | None, typer.Option("--temperature", help="Divides the logits.")] = None,
+    top_k: Annotated[int | None, typer.Option("--top_k", help="Choose among the k most likely.")] = None,
+    top_p: Annotated[float | None, typer.Option("--top_p", help="Choose among the most likely that sum to p.")] = None,
     threads: Annotated[int, typer.Option("--threads", help="CPU threads of each rank (0: cores shared out).")] = 0,
     in_process: Annotated[bool, typer.Option("--in_process", help="All ranks as threads of this process.")] = False,
     check_hashes: Annotated[
@@ -84,13 +88,15 @@ def bench(
     output_json: Annotated[Path | None, typer.Option("--output_json", help="Also write the figures here.")] = None,
     as_json: opt.Json = False,
 ) -> int:
-    """Measure engines: time to first token, latency of a step, tokens per second; alone, or under `mpirun -n WORLD`."""
+    """Measure engines: time to first token, latency of a step with the choice of its tokens, tokens per second; alone, or under
+    `mpirun -n WORLD`."""
     lists = [
         _numbers(text, option)
         for text, option in ((batch_size, "--batch_size"), (input_len, "--input_len"), (output_len, "--output_len"))
     ]
     cases = tuple(Case(*sizes) for sizes in product(*lists))
-    request = Request(engine_dir, cases, runs, warmup, seed, threads, check_hashes)
+    sampling = SamplingOptions(temperature, top_k, top_p, seed)
+    request = Request(engine_dir, cases, runs, warmup, sampling, threads, check_hashes)
     artifact = Artifact.open(engine_dir, ("engine",))
     if in_process:
         results = run_in_threads(artifact.world_size, lambda each: bench_rank(request, each))[0]
@@ -144,9 +150,9 @@ def _measure(
     case: Case, request: Request, session: StageSession, communicator: Communicator, mapping: Mapping
 ) -> Figures:
     """Runs a case ``warmup + runs`` times; no token ends a sequence early."""
-    rng = np.random.default_rng(request.seed)
+    rng = np.random.default_rng(request.sampling.seed)
     prompts = rng.integers(0, session.vocab_size, (case.batch_size, case.input_len)).tolist()
-    options = GenerationOptions(case.output_len)
+    options = GenerationOptions(case.output_len, request.sampling)
     first: list[float] = []
     whole: list[float] = []
     steps: list[float] = []

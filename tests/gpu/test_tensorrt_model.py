@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from moecompiler.artifact import Artifact
 from moecompiler.runtime.communicator import Communicator
 from moecompiler.runtime.device import checked, driver
 from moecompiler.runtime.generation import GenerationOptions, generate
+from moecompiler.runtime.sampling import SamplingOptions
+from moecompiler.runtime.session import closing
 from moecompiler.runtime.threads import run_in_threads
 from moecompiler.tools.job import Job
 from moecompiler.tools.main import main
@@ -112,6 +115,45 @@ def test_greedy_text(
             assert gap < TIE[dtype], f"step {step}: HF prefers its token by {gap:.3f}"
         equal += not different
     assert equal >= len(prompts) // 2
+
+
+class OnHost:
+    """A session of which only logits are wanted."""
+
+    can_sample = False
+
+    def __init__(self, session: Any):
+        self.session = session
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.session, name)
+
+
+@pytest.mark.parametrize(("dtype", "plugins", "mapping"), KINDS)
+def test_tokens_chosen_on_the_gpu(
+    dtype: str, plugins: str, mapping: str, compiled: Compile, prompts: list[list[int]]
+) -> None:
+    """Are those that numpy chooses from the same engine's logits, greedy and drawn, to a sequence's end."""
+    artifact = Artifact.open(compiled(dtype, plugins, mapping), ("engine",))
+    drawn = SamplingOptions(temperature=0.9, top_k=300, top_p=0.95, seed=5, repetition_penalty=1.2)
+    requests = [
+        GenerationOptions(OUTPUT, each, Job.of(artifact).model.eos_token_ids) for each in (SamplingOptions(), drawn)
+    ]
+
+    def run(communicator: Communicator) -> list[list[list[int]]]:
+        last, place = communicator.rank == artifact.world_size - 1, Job.of(artifact).mapping
+        with closing(load_rank(artifact, communicator.rank, 1, True)) as session:
+            assert session.can_sample or not last
+            return [
+                generate(each, communicator, place, prompts, options).output_ids
+                for options in requests
+                for each in (session, OnHost(session))
+            ]
+
+    greedy, greedy_host, some, some_host = run_in_threads(artifact.world_size, run)[0]
+    assert greedy == greedy_host
+    assert some == some_host
+    assert greedy != some
 
 
 @pytest.mark.parametrize(("dtype", "plugins", "mapping"), KINDS)

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from moecompiler.plugins.tactics import tactics
-from moecompiler.tools import bench_attention, bench_moe
+from moecompiler.tools import bench_attention, bench_moe, bench_sampling
 from moecompiler.tools.kernel_timing import relative_error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
-@pytest.mark.parametrize("benchmark", [bench_moe, bench_attention])
+@pytest.mark.parametrize("benchmark", [bench_moe, bench_attention, bench_sampling])
 def test_without_a_gpu_a_benchmark_says_so(benchmark: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         benchmark.main([str(tmp_path / "rows.json")])
