@@ -18,7 +18,7 @@ from moecompiler.backends.tensorrt_program import prepare
 from moecompiler.graph import Program
 from moecompiler.plugin_switches import parse_plugins
 from moecompiler.plugins.library import TensorRTPlugins
-from moecompiler.runtime.device import Buffer, Device, Stream, Timer
+from moecompiler.runtime.device import Buffer, Device, Stream, Timer, at_the_end
 
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 _LIMITS = EngineLimits(1, 1, 2, 1)  # profiles are given outright
@@ -49,16 +49,22 @@ class Runner:
 
     def __init__(self, plan: Any, aliases: Mapping[str, str], profile: int = 0):
         self.device, self.stream, self.log, self.aliases = Device(), Stream(), process_log(), aliases
-        self.runtime = trt.Runtime(self.log)
-        self.engine = self.runtime.deserialize_cuda_engine(plan)
+        self._tensorrt: dict[str, Any] = {"runtime": trt.Runtime(self.log)}
+        # TensorRT's objects go before the stream they used, also when the interpreter ends
+        self._release = at_the_end(self, _let_go, self._tensorrt)
+        self._tensorrt["engine"] = self._tensorrt["runtime"].deserialize_cuda_engine(plan)
         assert self.engine is not None, self.log.errors
-        self.context = self.engine.create_execution_context()
+        self._tensorrt["context"] = self.engine.create_execution_context()
         self.context.set_optimization_profile_async(profile, self.stream.handle)
         self.names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
 
-    def __del__(self) -> None:
-        for name in ("context", "engine", "runtime", "buffers", "stream"):  # TensorRT goes before the stream it used
-            self.__dict__.pop(name, None)
+    @property
+    def engine(self) -> Any:
+        return self._tensorrt["engine"]
+
+    @property
+    def context(self) -> Any:
+        return self._tensorrt["context"]
 
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The outputs, poisoned before the run."""
@@ -102,3 +108,9 @@ class Runner:
 
     def _enqueue(self) -> None:
         assert self.context.execute_async_v3(self.stream.handle), self.log.errors
+
+
+def _let_go(objects: dict[str, Any]) -> None:
+    """The last one first."""
+    while objects:
+        objects.popitem()

@@ -91,7 +91,8 @@ class Device:
 
 
 def at_the_end(owner: object, release: Callable[..., Any], resource: Any) -> Any:
-    """Gives ``resource`` back when ``owner`` goes, on whatever thread that is: it may have no current context, or another."""
+    """Gives ``resource`` back when ``owner`` goes, on whatever thread that is: it may have no current context, or another. Where
+    the interpreter ends first, what was made last goes first. Called, the result does it at once."""
     cuda = driver()
     context = checked(cuda.cuCtxGetCurrent())
 
