@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -42,6 +43,14 @@ def test_launches(data: bytes, launched: list[tuple[Any, ...]]) -> None:
     assert scratch > workspace
     assert [each.grid for each in launches] == [(3, 2, 1), (3, 2, 1), (3, 1, 1)]
     assert launches[-1].args[-2:] == (40, 5)
+
+
+@pytest.mark.parametrize("name", ["greedy", "drawn"])
+def test_arguments_come_in_the_kernels_order(name: str) -> None:
+    """A launch has no names for them."""
+    for kernel in launch.SamplingTactic(name, 1536, "float16").kernels:
+        names = getattr(importlib.import_module(kernel.module), kernel.function).arg_names
+        assert [name for name in names if name not in dict(kernel.constants)] == [name for name, _ in kernel.signature]
 
 
 def test_no_kernels() -> None:
