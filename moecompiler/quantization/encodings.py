@@ -1,0 +1,126 @@
+"""Numbers of few bits: what each code stands for, and which code a number becomes.
+
+Every rounding is to the nearest, ties to even, and saturates. The formats: E4M3 ("E4M3FN") of *OCP 8-bit Floating Point
+Specification (OFP8)*, 1.0; E2M1 of *OCP Microscaling Formats (MX)*, 1.0, which NVFP4 takes over; two's complement and unsigned
+integers. What saturates and what becomes of NaN is as in ONNX's ``Cast`` with ``saturate=1`` and ``QuantizeLinear``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+E4M3_MAX = 448.0
+E4M3_TINY = 2.0**-9  # its smallest positive number
+E2M1_MAX = 6.0
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+@dataclass(frozen=True)
+class _Minifloat:
+    """A sign, an exponent of bias ``bias`` and ``mantissa`` bits. ``largest``: the code, less its sign, of the largest number."""
+
+    mantissa: int
+    bias: int
+    sign: int
+    largest: int
+
+
+_E4M3 = _Minifloat(mantissa=3, bias=7, sign=0x80, largest=0x7E)
+_E2M1 = _Minifloat(mantissa=1, bias=1, sign=0x08, largest=0x07)
+_E4M3_NAN = 0x7F
+
+
+def widen(values: np.ndarray) -> np.ndarray:
+    """float16, bfloat16 or float32 as a new float32 array, exactly. Raises: TypeError for other dtypes."""
+    if values.dtype == BFLOAT16:  # its bits are the upper half of a float32's; several times as fast as ml_dtypes' cast
+        bits = values.view(np.uint16).astype(np.uint32)
+        return np.left_shift(bits, 16, out=bits).view(np.float32)
+    if values.dtype == np.float16:
+        return _widen_half(values)
+    if values.dtype == np.float32:
+        return values.copy()
+    raise TypeError(f"{values.dtype} is no float16, bfloat16 or float32")
+
+
+def _widen_half(values: np.ndarray) -> np.ndarray:
+    """Sign, exponent and mantissa are put where float32 has them, which leaves the exponent too small by 127 - 15; multiplying by
+    that power of two mends it, subnormal numbers included. Infinity and NaN come out as 2^16 and more: numpy casts them."""
+    bits = values.view(np.int16).astype(np.int32)
+    np.left_shift(bits, 13, out=bits)  # the sign fills all the upper bits
+    np.bitwise_and(bits, np.uint32(0x8FFFE000).view(np.int32), out=bits)
+    wide = bits.view(np.float32)
+    wide *= np.float32(2.0**112)
+    if wide.max(initial=0) < 2**16 and wide.min(initial=0) > -(2**16):
+        return wide
+    return values.astype(np.float32)
+
+
+def largest_magnitude(values: np.ndarray, axis: int | None = None) -> np.ndarray:
+    """max(abs(values)) along ``axis``, as float32; 0 where there is nothing, NaN or infinity where ``values`` holds one.
+
+    By the bits: without its sign, a float's bits as an integer have the float's order, and numpy is slow at 16-bit floats.
+    """
+    unsigned = np.dtype(f"u{values.dtype.itemsize}")
+    without_sign = values.view(unsigned) & np.array(~(1 << (8 * unsigned.itemsize - 1)) & (1 << 32) - 1).astype(
+        unsigned
+    )
+    return widen(np.max(without_sign, axis=axis, initial=0, keepdims=True).view(values.dtype)).squeeze(axis)
+
+
+def encode_e4m3(values: np.ndarray) -> np.ndarray:
+    """float32 → ``float8_e4m3fn`` of the same shape. Beyond ±448, infinity too: ±448. NaN stays NaN."""
+    return np.where(np.isnan(values), np.uint8(_E4M3_NAN), _encode(values, _E4M3)).view(E4M3)
+
+
+def decode_e4m3(codes: np.ndarray) -> np.ndarray:
+    """``float8_e4m3fn``, or its bits as uint8 → float32 of the same shape."""
+    every = np.arange(256, dtype=np.uint8).view(E4M3).astype(np.float32)
+    return every[codes.view(np.uint8)]
+
+
+def encode_e2m1(values: np.ndarray) -> np.ndarray:
+    """float32 → uint8 of the same shape, the code in the low 4 bits. Beyond ±6, infinity too: ±6.
+
+    Raises: ValueError for NaN, which E2M1 has no code for.
+    """
+    if np.isnan(values).any():
+        raise ValueError("NaN has no E2M1 code")
+    return _encode(values, _E2M1)
+
+
+def decode_e2m1(codes: np.ndarray) -> np.ndarray:
+    """uint8 codes 0 to 15 → float32 of the same shape."""
+    every = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    return np.concatenate([every, -every])[codes]
+
+
+def encode_integer(values: np.ndarray, dtype: type[np.int8] | type[np.uint8], low: int, high: int) -> np.ndarray:
+    """float32 → integers from ``low`` to ``high``, as ``dtype``. ``values`` is overwritten. NaN must not occur."""
+    np.rint(values, out=values)
+    return np.clip(values, low, high, out=values).astype(dtype)
+
+
+def _encode(values: np.ndarray, form: _Minifloat) -> np.ndarray:
+    """float32 → uint8 codes, saturated; what NaN becomes is no concern here.
+
+    Normal numbers: half a unit is added to float32's bits, less what makes ties even, and the bits that do not fit are dropped;
+    a carry runs into the exponent, as it should. Subnormal ones are multiples of one unit: a float32 whose last place is that
+    unit is added, and the addition rounds.
+    """
+    dropped = 23 - form.mantissa
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    magnitude = bits & np.uint32(0x7FFFFFFF)
+    odd = (magnitude >> np.uint32(dropped)) & np.uint32(1)
+    normal = (magnitude + odd + np.uint32((1 << (dropped - 1)) - 1)) >> np.uint32(dropped)
+    smallest_normal = np.float32(2.0 ** (1 - form.bias))
+    unit_in_last_place = np.float32(2.0 ** (23 + 1 - form.bias - form.mantissa))
+    small = (magnitude.view(np.float32) + unit_in_last_place).view(np.uint32) - unit_in_last_place.view(np.uint32)
+    code = np.where(
+        magnitude < smallest_normal.view(np.uint32), small, normal - np.uint32((127 - form.bias) << form.mantissa)
+    )
+    sign = (bits >> np.uint32(31)) * np.uint32(form.sign)
+    return (np.minimum(code, np.uint32(form.largest)) | sign).astype(np.uint8)
