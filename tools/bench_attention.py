@@ -137,7 +137,7 @@ def copies(case: Case) -> int:
 
 
 def measure(case: Case, dtype: torch.dtype, read: float) -> Row:
-    """One row, with another cache in each run of a graph."""
+    """One row, of kernels by themselves, with another cache in each run of a graph."""
     name = str(dtype).removeprefix("torch.")
     tactic = tactics("Attention", case.attributes, case.dims, name, compute_capability())[0]
     prepared = prepare(tactic, case.dims)
@@ -147,13 +147,18 @@ def measure(case: Case, dtype: torch.dtype, read: float) -> Row:
     runner(prepared, sets[0], output)()
     error = relative_error(output, want)
     time = microseconds([runner(prepared, inputs, output) for inputs in sets])
+    return row_of(case, dtype, tactic.name, time, error, read)
+
+
+def row_of(case: Case, dtype: torch.dtype, tactic: str, time: float, error: float, read: float) -> Row:
+    """The row of a measured ``time``, in µs; torch's rate is measured now."""
     matmul = matmul_peak(dtype)
     pairs = case.batch * case.new * (case.past + (case.new + 1) / 2)
     operations = 4 * pairs * case.heads * case.head_dim
     size = 2 * 2 * case.batch * case.kv_heads * (case.past + case.new) * case.head_dim
     floor = max(1e6 * size / read, 1e6 * operations / matmul if case.new > 1 else 0)
-    label = f"{case.batch} × {case.new} new, {case.past} past"
-    return Row(label, name, tactic.name, time, floor, floor / time, operations / time / 1e6, error, read, matmul)
+    label, name = f"{case.batch} × {case.new} new, {case.past} past", str(dtype).removeprefix("torch.")
+    return Row(label, name, tactic, time, floor, floor / time, operations / time / 1e6, error, read, matmul)
 
 
 def table_line(row: Row) -> str:

@@ -1,125 +1,127 @@
-"""Times one MoE layer of Mixtral-8x7B's size inside TensorRT engines, as a plugin and as its body: routing, experts, combine.
+"""A MoE layer inside TensorRT engines, routing and combination included.
 
-    python -m moecompiler.tools.bench_engine_moe [--tokens 1,16,64] [--dtype float16] [--json FILE]
+    python -m moecompiler.tools.bench_engine_moe out.json [--layers 8x7b …] [--plugins on off] [--tokens 1 16 …]
 
-Each number of tokens has an optimization profile of its own; a run is one launch of a CUDA graph, of which the median is taken.
-``floor``: reading once the weights of the experts hit, at the bandwidth of a large copy measured in the same run.
+As a plugin (``--plugins on``) or as the op's body, TensorRT's own kernels (``off``). Weights are inputs of the engine, random,
+and made on the GPU; each number of tokens has an optimization profile of its own; a run is part of a CUDA graph. A row and its
+floor are as in ``bench_moe``, which measures the same kernels without an engine. Ends with status 1 where a result is wrong.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import os
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-from onnx import TensorProto, helper
+import torch
 
-from moecompiler.graph import DOMAIN, IR_VERSION, OPSET, Program
-from moecompiler.ops import add_function
+from moecompiler.config import NormalizationMode
 from moecompiler.plugins.moe.op import moe_spec
-from moecompiler.weights import NUMPY_DTYPES
+from moecompiler.tools.bench_moe import (
+    EXPERTS,
+    LAYERS,
+    TOP_K,
+    Ceilings,
+    Layer,
+    Row,
+    Weights,
+    find_tactics,
+    random_tokens,
+    row_of,
+    table_line,
+)
+from moecompiler.tools.kernel_machine import benchmark_parser, parse_for_gpu, write_rows
+from moecompiler.tools.kernel_timing import (
+    compile_ahead,
+    compute_capability,
+    matmul_peak,
+    microseconds,
+    read_bandwidth,
+    relative_error,
+)
+from moecompiler.tools.one_node_program import one_node, profile
 
-HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 4096, 14336, 8, 2
-_ONNX = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
-_COPIED = 4 << 30  # bytes
+if TYPE_CHECKING:
+    from moecompiler.tools.gpu_engine import TorchEngine
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096)
+LARGEST_ERROR = 0.05  # rounding, and tokens that it routes otherwise
+SPEC, ATTRIBUTES = moe_spec(NormalizationMode.RENORMALIZE, TOP_K), {"top_k": TOP_K, "normalization_mode": 1}
 
 
-def layer(dtype: str) -> Program:
-    """The op alone; its weights are inputs, so that nothing of them is in the plan."""
-    from moecompiler.config import NormalizationMode
-
-    spec, kind = moe_spec(NormalizationMode.RENORMALIZE, TOP_K), _ONNX[dtype]
-    shapes = {
-        "x": ["tokens", HIDDEN],
-        "router": [EXPERTS, HIDDEN],
-        "gate_up": [EXPERTS, 2 * INTERMEDIATE, HIDDEN],
-        "down": [EXPERTS, HIDDEN, INTERMEDIATE],
+def sizes_of(layer: Layer) -> dict[str, int]:
+    """The op's dims by name, all but the tokens."""
+    return {
+        "hidden": layer.hidden,
+        "intermediate": layer.intermediate,
+        "twice_intermediate": 2 * layer.intermediate,
+        "experts": EXPERTS,
+        "local_experts": layer.local,
     }
-    inputs = [helper.make_tensor_value_info(name, kind, shape) for name, shape in shapes.items()]
-    inputs.append(helper.make_tensor_value_info("expert_ids", TensorProto.INT64, [EXPERTS]))
-    node = helper.make_node(
-        "MoE", [*shapes, "expert_ids"], ["y"], "model/MoE", domain=DOMAIN, top_k=TOP_K, normalization_mode=1
-    )
-    graph = helper.make_graph([node], "layer", inputs, [helper.make_tensor_value_info("y", kind, shapes["x"])])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
-    add_function(model, spec)
-    return Program(model)
 
 
-def feeds(tokens: int, dtype: str) -> dict[str, np.ndarray]:
-    """Normal values; a block of rows, again and again, makes the weights."""
-    rng = np.random.default_rng(tokens)
+def measure_layer(layer: Layer, dtype: str, plugins: str, tokens: Sequence[int], ceilings: Ceilings) -> list[Row]:
+    """A row for each number of tokens."""
+    from moecompiler.tools.gpu_engine import TorchEngine
+    from moecompiler.tools.one_node import build
 
-    def normal(*shape: int) -> np.ndarray:
-        columns = shape[-1]
-        block = (rng.standard_normal((997, columns), np.float32) * columns**-0.5).astype(NUMPY_DTYPES[dtype])
-        rows = int(np.prod(shape[:-1]))
-        return np.resize(block, (rows, columns)).reshape(shape)
-
-    x = rng.standard_normal((tokens, HIDDEN), np.float32).astype(NUMPY_DTYPES[dtype])
-    ids = np.arange(EXPERTS, dtype=np.int64)
-    weights = normal(EXPERTS, 2 * INTERMEDIATE, HIDDEN), normal(EXPERTS, HIDDEN, INTERMEDIATE)
-    return {"x": x, "router": normal(EXPERTS, HIDDEN), "gate_up": weights[0], "down": weights[1], "expert_ids": ids}
-
-
-def experts_hit(given: dict[str, np.ndarray]) -> int:
-    logits = given["x"].astype(np.float32) @ given["router"].astype(np.float32).T
-    return len(np.unique(np.argsort(-logits, axis=1)[:, :TOP_K]))
+    sizes = sizes_of(layer)
+    program = one_node(SPEC, ATTRIBUTES, sizes, dtype)
+    profiles = [profile(SPEC, sizes, ({"tokens": count},) * 3) for count in tokens]
+    with tempfile.TemporaryDirectory() as folder:
+        engine = TorchEngine(build(program, profiles, plugins, dtype, Path(folder)))
+    weights, rows = Weights(layer, getattr(torch, dtype)), []
+    for index, count in enumerate(tokens):
+        rows.append(_measure(engine, index, weights, count, plugins, ceilings))
+        print(table_line(rows[-1]), flush=True)
+    engine.close()
+    return rows
 
 
-def bandwidth() -> float:
-    """Bytes a second that a large copy on the GPU reads and writes."""
-    from moecompiler.runtime.device import Buffer, Stream, Timer, checked, driver
+def _measure(engine: TorchEngine, index: int, weights: Weights, tokens: int, plugins: str, ceilings: Ceilings) -> Row:
+    inputs = random_tokens(weights, tokens)
+    output = torch.full_like(inputs[0], float("nan"))
+    names = [value.name for value in SPEC.inputs]
 
-    source, target, stream, timer = Buffer(_COPIED), Buffer(_COPIED), Stream(), Timer()
-    seconds = []
-    for _ in range(6):
-        with timer.around(stream):
-            checked(driver().cuMemcpyDtoDAsync(target.pointer, source.pointer, _COPIED, stream.handle))
-        seconds.append(timer.seconds())
-    return 2 * _COPIED / min(seconds)
+    def run(x: torch.Tensor) -> None:
+        engine.run(index, dict(zip(names, weights.inputs(x), strict=True)) | {"y": output})
 
-
-def measure(tokens: Sequence[int], dtype: str, kinds: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each number of tokens: microseconds of each kind (``on``: the plugin, ``off``: the body) and of the floor."""
-    from moecompiler.runtime.device import Device
-    from moecompiler.tools.one_node import Runner, Shapes, build
-
-    device = Device()
-    speed = bandwidth()
-    rows: list[dict[str, Any]] = [{"tokens": count} for count in tokens]
-    profiles: list[Shapes] = [{"x": ((count, HIDDEN), (count, HIDDEN), (count, HIDDEN))} for count in tokens]
-    for kind in kinds:
-        with tempfile.TemporaryDirectory() as folder:
-            engine = build(layer(dtype), profiles, kind, dtype, Path(folder))
-        for index, row in enumerate(rows):
-            given = feeds(row["tokens"], dtype)
-            expert = 3 * HIDDEN * INTERMEDIATE * NUMPY_DTYPES[dtype].itemsize
-            row["experts"] = experts_hit(given)
-            row["floor"] = row["experts"] * expert / speed * 1e6
-            runner = Runner(engine.plan.data, engine.aliases, index)
-            runner(given)
-            row[kind] = runner.time(runs=20, inner=10) * 1e6
-            print(kind, {key: round(value, 1) for key, value in row.items()}, flush=True)
-    return [row | {"gpu": device.info().name, "bandwidth_TB_s": speed / 1e12} for row in rows]
+    run(inputs[-1])
+    error = relative_error(output, weights.expected(inputs[-1]))
+    time = microseconds([partial(run, x) for x in inputs])
+    return row_of(weights, f"engine, {plugins}", inputs, time, error, ceilings)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", default="1,4,16,64,256,1024")
-    parser.add_argument("--dtype", choices=_ONNX, default="float16")
-    parser.add_argument("--plugins", default="on,off", help="on, off or both")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    counts = [int(word) for word in options.tokens.split(",")]
-    rows = measure(counts, options.dtype, options.plugins.split(","))
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = benchmark_parser(__doc__)
+    names = [layer.name for layer in LAYERS]
+    parser.add_argument("--layers", nargs="+", choices=names, default=names)
+    parser.add_argument("--plugins", nargs="+", choices=("on", "off"), default=["on"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
+    options = parse_for_gpu(parser, arguments)
+    layers = [layer for layer in LAYERS if layer.name in options.layers]
+    if "on" in options.plugins:  # many at once, where TensorRT would ask for one after another
+        tactics = [tactic for layer in layers for dtype in options.dtypes for tactic in find_tactics(layer, dtype)]
+        kernels = [kernel for tactic in tactics for kernel in tactic.kernels]
+        compile_ahead(kernels, compute_capability(), os.cpu_count() or 1)
+    rows: list[Row] = []
+    read = read_bandwidth()
+    for dtype in options.dtypes:
+        ceilings = Ceilings(read, matmul_peak(getattr(torch, dtype)))
+        print(
+            f"{dtype}: reading {read / 1e12:.2f} TB/s, matrix product {ceilings.matmul / 1e12:.0f} TFLOP/s", flush=True
+        )
+        for layer in layers:
+            for plugins in options.plugins:
+                rows += measure_layer(layer, dtype, plugins, options.tokens, ceilings)
+                write_rows(options.output, rows)
+    wrong = [row for row in rows if not row.error < LARGEST_ERROR]
+    print(f"{len(rows)} rows, {len(wrong)} of them wrong")
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

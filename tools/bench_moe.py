@@ -126,17 +126,28 @@ class Weights:
         return total
 
 
+def random_tokens(weights: Weights, tokens: int) -> list[torch.Tensor]:
+    """Several inputs, to be run in turn, so that what one run has read is no longer cached for the next."""
+    count, hidden = 16 if tokens < 256 else 4, weights.layer.hidden
+    return [torch.randn(tokens, hidden, device="cuda").to(weights.dtype) for _ in range(count)]
+
+
 def measure(weights: Weights, tactic: MoETactic, tokens: int, ceilings: Ceilings) -> Row:
-    """One row: several inputs in turn, so that what one run has read is no longer cached for the next."""
-    layer, dims = weights.layer, weights.dims(tokens)
-    inputs = [
-        torch.randn(tokens, layer.hidden, device="cuda").to(weights.dtype) for _ in range(16 if tokens < 256 else 4)
-    ]
+    """One row, of kernels by themselves."""
+    inputs = random_tokens(weights, tokens)
     output = torch.full_like(inputs[0], float("nan"))
-    prepared = prepare(tactic, dims)
+    prepared = prepare(tactic, weights.dims(tokens))
     prepared(weights.inputs(inputs[-1]), [output])
     error = relative_error(output, weights.expected(inputs[-1]))
     time = microseconds([lambda x=x: prepared(weights.inputs(x), [output]) for x in inputs])  # type: ignore[misc]
+    return row_of(weights, tactic.name, inputs, time, error, ceilings)
+
+
+def row_of(
+    weights: Weights, tactic: str, inputs: Sequence[torch.Tensor], time: float, error: float, ceilings: Ceilings
+) -> Row:
+    """The row of a measured ``time``, in µs; the matrix product's ceiling is measured anew where it may bound."""
+    layer, tokens = weights.layer, len(inputs[0])
     if tokens >= 512:
         ceilings = replace(ceilings, matmul=matmul_peak(weights.dtype))
     hit = sum(map(weights.local_experts_hit, inputs)) / len(inputs)
@@ -149,7 +160,7 @@ def measure(weights: Weights, tactic: MoETactic, tokens: int, ceilings: Ceilings
     dtype = str(weights.dtype).removeprefix("torch.")
     shares = (floor / time, operations / time / 1e6)
     limits = (ceilings.read, ceilings.matmul)
-    return Row(layer.name, tokens, dtype, tactic.name, hit, time, floor, bound, *shares, error, *limits)
+    return Row(layer.name, tokens, dtype, tactic, hit, time, floor, bound, *shares, error, *limits)
 
 
 def find_tactics(layer: Layer, dtype: str) -> tuple[MoETactic, ...]:

@@ -1,101 +1,149 @@
-"""All that needs a GPU and TensorRT, in one go: tests, engines of the shipped model, figures of a layer of 8x7b's size.
+"""All that needs a GPU and TensorRT, by one command: what is right, then how fast it is.
 
-    python tools/gpu_check.py --output_dir DIR [--only NAME[,NAME]] [--skip NAME[,NAME]]
+    python tools/gpu_check.py --output_dir DIR [--only NAMES] [--skip NAMES] [--jobs N] [--minutes M] [--list]
 
-Goes on after a failure; prints a line per step; ``DIR/summary.json`` has them all, ``DIR/NAME.log`` what a step said.
+``NAMES``: steps or groups (``correctness``, ``figures``), patterns such as ``validate-*`` too, joined by commas; what a step of
+``--only`` needs is run as well, unless ``--skip`` names it. Goes on after a failure, and prints a line per step. In ``DIR``:
+``summary.json``, what became of each; ``figures.json``, all that was measured; ``logs.tar.gz``, what each said. Engines stay in
+``--work_dir``, where the next run finds them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
-import subprocess
+import signal
 import sys
+import tarfile
+import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-_PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu", "--tb=short")
-_OURS = (sys.executable, "-m", "moecompiler.tools.main")
-_LAYERS = 2  # of 8x7b: 5.6 GB of experts
+from moecompiler.atomic import write_json_atomic
+from moecompiler.tools.gpu_schedule import FAILED, OK, SKIPPED, Outcome, Runner, Step, check, run_steps
+from moecompiler.tools.gpu_steps import Places, all_steps
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
-@dataclass(frozen=True)
-class Step:
-    """``command`` gets the output directory for ``{}``; ``seconds`` at most."""
-
-    name: str
-    command: tuple[str, ...]
-    seconds: int = 240
-
-
-@dataclass(frozen=True)
-class Outcome:
-    name: str
-    status: int
-    seconds: float
-    last: str
+def select(steps: Sequence[Step], only: str, skip: str) -> list[Step]:
+    """Those of ``only`` (all) with what they need, without those of ``skip``. Raises: ValueError where a name fits none."""
+    wanted = (
+        {step.name for step in steps} if not only else set().union(*(_fitting(steps, word) for word in _words(only)))
+    )
+    unwanted = set().union(*(_fitting(steps, word) for word in _words(skip)))
+    for step in reversed(steps):  # what is needed comes before
+        if step.name in wanted - unwanted:
+            wanted |= set(step.needs)
+    return [step for step in steps if step.name in wanted - unwanted]
 
 
-def steps() -> list[Step]:
-    """In the order of what depends on what."""
-    compile_8x7b = (*_OURS, "compile", "--model", "8x7b", "--num_layers", str(_LAYERS), "--dtype", "float16")
-    limits = ("--backend", "tensorrt", "--pipeline", "plugins", "--max_seq_len", "512", "--max_input_len", "256")
-    found = [
-        Step("versions", (sys.executable, "-c", _VERSIONS), 60),
-        Step("ops", (*_PYTEST, "tests/gpu/test_tensorrt_ops.py")),
-        Step("model", (*_PYTEST, "tests/gpu/test_tensorrt_model.py")),
-        Step("moe", (sys.executable, "-m", "moecompiler.tools.bench_engine_moe", "--json", "{}/moe.json")),
-    ]
-    for kind in ("on", "off"):
-        engine = ("--output_dir", f"/tmp/8x7b-{kind}", "--plugins", kind, "--max_batch_size", "1")
-        found.append(Step(f"build-{kind}", (*compile_8x7b, *limits, *engine)))
-        sizes = ("--batch_size", "1", "--input_len", "128", "--output_len", "64", "--no_check_hashes")
-        bench = ("bench", "--engine_dir", f"/tmp/8x7b-{kind}", *sizes, "--output_json", f"{{}}/bench-{kind}.json")
-        found.append(Step(f"bench-{kind}", (*_OURS, *bench)))
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _fitting(steps: Sequence[Step], word: str) -> set[str]:
+    found = {step.name for step in steps if fnmatch(step.name, word) or step.group == word}
+    if not found:
+        raise ValueError(f"no step or group is called {word}; --list shows them")
     return found
 
 
-_VERSIONS = """
-import numpy, onnx, torch, triton, cuda.bindings, tensorrt
-from moecompiler.runtime.device import Device
-print(Device().info(), "tensorrt", tensorrt.__version__, "numpy", numpy.__version__, "torch", torch.__version__, "triton",
-      triton.__version__, "cuda-bindings", cuda.bindings.__version__, "onnx", onnx.__version__)
-"""
+def line(outcome: Outcome) -> str:
+    """One line for people."""
+    mark = {OK: "ok  ", SKIPPED: "SKIP", FAILED: "FAIL"}.get(outcome.state, "TIME")
+    return f"{mark} {outcome.name:28} {outcome.seconds:4.0f} s  {outcome.last[:150]}"
 
 
-def run(step: Step, output_dir: Path) -> Outcome:
-    begin = time.monotonic()
-    command = [word.replace("{}", str(output_dir)) for word in step.command]
-    with (output_dir / f"{step.name}.log").open("w") as log:
-        try:
-            status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=step.seconds).returncode
-        except subprocess.TimeoutExpired:
-            status = 124
-    lines = (output_dir / f"{step.name}.log").read_text(errors="replace").strip().splitlines()
-    return Outcome(step.name, status, time.monotonic() - begin, lines[-1] if lines else "")
+def summary(outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
+    states = [each.state for each in outcomes]
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "seconds": round(seconds, 1),
+        "counts": {state: states.count(state) for state in sorted(set(states))},
+        "steps": [asdict(each) for each in outcomes],
+    }
 
 
-def main() -> int:
+def figures(folder: Path, steps: Sequence[Step]) -> dict[str, Any]:
+    """What the steps measured, by their names; of one that was cut short nothing."""
+    found = {}
+    for step in steps:
+        path = folder / f"{step.name}.json"
+        if path.is_file():
+            try:
+                found[step.name] = json.loads(path.read_text())
+            except ValueError:
+                found[step.name] = None
+    return found
+
+
+def pack_logs(path: Path, logs: Path, steps: Sequence[Step]) -> None:
+    with tarfile.open(path, "w:gz") as archive:
+        for step in steps:
+            if (log := logs / f"{step.name}.log").is_file():
+                archive.add(log, f"logs/{log.name}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--only", default="", help="names of steps")
-    parser.add_argument("--skip", default="", help="names of steps")
-    options = parser.parse_args()
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    outcomes = []
-    for step in steps():
-        if (options.only and step.name not in options.only.split(",")) or step.name in options.skip.split(","):
-            continue
-        outcomes.append(run(step, options.output_dir))
-        last = outcomes[-1]
-        print(f"{'ok  ' if last.status == 0 else 'FAIL'} {last.name} {last.seconds:.0f} s: {last.last}", flush=True)
-    summary: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version()}
-    summary |= {"steps": [asdict(each) for each in outcomes]}
-    (options.output_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    return int(any(each.status for each in outcomes))
+    parser.add_argument("--output_dir", type=Path, help="where summary, figures and logs go")
+    default = Path(tempfile.gettempdir()) / "moecompiler-gpu-check"
+    parser.add_argument("--work_dir", type=Path, default=default, help="where engines go (default: %(default)s)")
+    parser.add_argument("--only", default="", help="steps, groups or patterns")
+    parser.add_argument("--skip", default="", help="steps, groups or patterns")
+    parser.add_argument("--jobs", type=int, default=8, help="steps at once, of those that are not timed (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=60.0, help="what is not done by then is left (%(default)s)")
+    parser.add_argument("--list", action="store_true", help="print the steps and end")
+    options = parser.parse_args(arguments)
+    places = Places(ROOT, options.work_dir.absolute())
+    try:
+        steps = select(all_steps(places), options.only, options.skip)
+    except ValueError as error:
+        parser.error(str(error))
+    check(all_steps(places))
+    if options.list:
+        for step in steps:
+            print(f"{step.name:28} {step.group:12} {step.seconds:4} s at most  {', '.join(step.needs)}")
+        return 0
+    if options.output_dir is None or options.jobs < 1 or options.minutes <= 0:
+        parser.error("give --output_dir DIR, --jobs of at least 1 and --minutes above 0")
+    return run(steps, places, options.output_dir, options.jobs, options.minutes)
+
+
+def run(steps: Sequence[Step], places: Places, output_dir: Path, jobs: int, minutes: float) -> int:
+    for folder in (output_dir, places.logs, places.figures, places.engines):
+        folder.mkdir(parents=True, exist_ok=True)
+    for step in steps:
+        (places.figures / f"{step.name}.json").unlink(missing_ok=True)
+        (places.logs / f"{step.name}.log").unlink(missing_ok=True)
+    begin = time.monotonic()
+    runner = Runner(places.root, places.logs, os.environ, begin + 60 * minutes, jobs)
+    before = {each: signal.signal(each, lambda *_: runner.stop()) for each in (signal.SIGINT, signal.SIGTERM)}
+    outcomes: list[Outcome] = []
+
+    def report(outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        print(line(outcome), flush=True)
+        write_json_atomic(output_dir / "summary.json", summary(outcomes, time.monotonic() - begin))
+        write_json_atomic(output_dir / "figures.json", figures(places.figures, steps))
+
+    try:
+        run_steps(steps, jobs, runner, report)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        pack_logs(output_dir / "logs.tar.gz", places.logs, steps)
+    counts = summary(outcomes, 0)["counts"]
+    print(f"{', '.join(f'{n} {state}' for state, n in counts.items())} in {time.monotonic() - begin:.0f} s", flush=True)
+    return int(any(each.state != OK for each in outcomes))
 
 
 if __name__ == "__main__":

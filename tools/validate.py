@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moecompiler.artifact import Artifact
+from moecompiler.atomic import write_json_atomic
 from moecompiler.backends.base import EngineLimits
 from moecompiler.errors import UserError
 from moecompiler.runtime.communicator import Communicator
@@ -64,6 +65,7 @@ def validate(
         bool, typer.Option("--hf/--no_hf", help="Compare the ranks together with Hugging Face's model.")
     ] = True,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the random tokens.")] = 0,
+    output_json: Annotated[Path | None, typer.Option("--output_json", help="Also write the report here.")] = None,
     as_json: opt.Json = False,
 ) -> int:
     """Compare engines with PyTorch: outputs of every rank, logits and perplexity of all, and the layer where they part."""
@@ -85,11 +87,20 @@ def validate(
     if communicator.rank == 0:
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
+        if output_json is not None:
+            _write(output_json, report)
         if as_json:
             print(json.dumps(report.to_json(), indent=2))
         else:
             print_report(Console(), report)
     return 0 if report.passed else OUT_OF_TOLERANCE
+
+
+def _write(path: Path, report: Report) -> None:
+    try:
+        write_json_atomic(path, report.to_json())
+    except OSError as error:
+        raise UserError(f"--output_json {path}: cannot be written: {error.strerror}") from None
 
 
 def _under_launcher(request: Request, artifact: Artifact, communicator: Communicator) -> Report:

@@ -1,120 +1,56 @@
-"""The shipped model as TensorRT engines: greedy text like Hugging Face's, validation, memory that stays flat."""
+"""The shipped model as TensorRT engines: greedy text like Hugging Face's, validation, memory that stays flat, refusals.
+
+``tools/gpu_check.py`` does most of it too, with the same code, many at once and timed; there ``--engines`` shares what is built.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from moecompiler.artifact import Artifact
 from moecompiler.runtime.communicator import Communicator
-from moecompiler.runtime.device import checked, driver
 from moecompiler.runtime.generation import GenerationOptions, generate
 from moecompiler.runtime.sampling import SamplingOptions
 from moecompiler.runtime.session import closing
 from moecompiler.runtime.threads import run_in_threads
+from moecompiler.tools import compare_text, gpu_refusals, gpu_soak
+from moecompiler.tools.compare_text import read_prompts
+from moecompiler.tools.gpu_kinds import KINDS, TESTED, Kind, compile_shipped
 from moecompiler.tools.job import Job
 from moecompiler.tools.main import main
 from moecompiler.tools.run import load_rank
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 TINY_MIXTRAL = Path(__file__).parent.parent / "data" / "tiny-mixtral"
-LENGTHS, OUTPUT = (5, 12, 23, 31, 40, 47, 58, 64), 64
-MAPPINGS = {
-    "one": (),
-    "tp2": ("--tp_size", "2"),
-    "ep2": ("--tp_size", "2", "--moe_ep_size", "2"),
-    "pp2": ("--pp_size", "2"),
-}
-TIE = {"float16": 0.1, "bfloat16": 0.8}  # logits (they span 36) that rounding may put in another order
-_KINDS = [
-    ("float16", "off", "one"),
-    ("float16", "on", "one"),
-    ("float16", "on,@layers.1=off", "one"),
-    ("bfloat16", "off", "one"),
-    ("bfloat16", "on", "one"),
-    *(("float16", "on", mapping) for mapping in ("tp2", "ep2", "pp2")),
-]
+OUTPUT = 64
 # tests of one kind share its engines, in whatever process they run
-KINDS = [pytest.param(*kind, marks=pytest.mark.xdist_group("-".join(kind)), id="-".join(kind)) for kind in _KINDS]
-Compile = "functools._lru_cache_wrapper[Path]"
+PARAMETERS = [pytest.param(kind, marks=pytest.mark.xdist_group(kind.name), id=kind.name) for kind in TESTED]
+Compile = Callable[[Kind], Path]
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compile:
-    """Engine directories by dtype, ``--plugins`` and mapping, each made once."""
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compile:
+    """Engine directories by kind, each made once: in the folder that ``--engines`` names, or in one that pytest removes."""
+    folder = request.config.getoption("--engines", None) or tmp_path_factory.mktemp("engines")
 
     @functools.cache
-    def make(dtype: str, plugins: str, mapping: str) -> Path:
-        directory = tmp_path_factory.mktemp("engines") / f"{dtype}-{plugins}-{mapping}"
-        words = ["compile", "--model_dir", str(TINY_MIXTRAL), "--output_dir", str(directory), "--backend", "tensorrt"]
-        limits = ["--max_seq_len", "144", "--max_input_len", "64", "--max_batch_size", "8", "--max_num_tokens", "256"]
-        kind = ["--dtype", dtype, "--pipeline", "plugins", "--plugins", plugins, "--moe_weights", "external"]
-        assert main([*words, *limits, *kind, *MAPPINGS[mapping]]) == 0
+    def make(kind: Kind) -> Path:
+        directory = Path(folder) / kind.name
+        assert main(compile_shipped(kind, TINY_MIXTRAL, directory)) == 0
         return directory
 
     return make
 
 
-@pytest.fixture(scope="module")
-def prompts() -> list[list[int]]:
-    from tokenizers import Tokenizer
-
-    text = (TINY_MIXTRAL / "heldout.txt").read_text(encoding="utf-8")
-    tokenizer = Tokenizer.from_file(str(TINY_MIXTRAL / "tokenizer.json"))
-    return [tokenizer.encode(text[7000 * i : 7000 * i + 1000]).ids[:length] for i, length in enumerate(LENGTHS)]
-
-
-@pytest.fixture(scope="module")
-def hf(prompts: list[list[int]]) -> list[tuple[list[int], np.ndarray]]:
-    """Hugging Face's greedy continuation in float32, and the logits of each step, ``[steps, vocab]``."""
-    import torch
-    from transformers import MixtralForCausalLM
-
-    model = MixtralForCausalLM.from_pretrained(TINY_MIXTRAL, dtype=torch.float32).eval()
-    result = []
-    for prompt in prompts:
-        said = model.generate(
-            torch.tensor([prompt]),
-            do_sample=False,
-            max_new_tokens=OUTPUT,
-            min_new_tokens=OUTPUT,
-            eos_token_id=None,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        result.append((said.sequences[0, len(prompt) :].tolist(), torch.cat(said.logits).numpy()))
-    return result
-
-
-@pytest.mark.parametrize(("dtype", "plugins", "mapping"), KINDS)
-def test_greedy_text(
-    dtype: str,
-    plugins: str,
-    mapping: str,
-    compiled: Compile,
-    prompts: list[list[int]],
-    hf: list[tuple[list[int], np.ndarray]],
-) -> None:
+@pytest.mark.parametrize("kind", PARAMETERS)
+def test_greedy_text(kind: Kind, compiled: Compile, tmp_path: Path) -> None:
     """As HF's for 64 tokens on 8 prompts, or the first difference is a tie within rounding."""
-    artifact = Artifact.open(compiled(dtype, plugins, mapping), ("engine",))
-
-    def run(communicator: Communicator) -> list[list[int]]:
-        session = load_rank(artifact, communicator.rank, 1, True)
-        return generate(session, communicator, Job.of(artifact).mapping, prompts, GenerationOptions(OUTPUT)).output_ids
-
-    equal = 0
-    for mine, (theirs, logits) in zip(run_in_threads(artifact.world_size, run)[0], hf, strict=True):
-        different = [step for step, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b]
-        if different:
-            step = different[0]
-            gap = logits[step][theirs[step]] - logits[step][mine[step]]
-            assert gap < TIE[dtype], f"step {step}: HF prefers its token by {gap:.3f}"
-        equal += not different
-    assert equal >= len(prompts) // 2
+    assert compare_text.main([str(tmp_path / "rows.json"), str(compiled(kind)), "--model_dir", str(TINY_MIXTRAL)]) == 0
 
 
 class OnHost:
@@ -129,12 +65,11 @@ class OnHost:
         return getattr(self.session, name)
 
 
-@pytest.mark.parametrize(("dtype", "plugins", "mapping"), KINDS)
-def test_tokens_chosen_on_the_gpu(
-    dtype: str, plugins: str, mapping: str, compiled: Compile, prompts: list[list[int]]
-) -> None:
+@pytest.mark.parametrize("kind", PARAMETERS)
+def test_tokens_chosen_on_the_gpu(kind: Kind, compiled: Compile) -> None:
     """Are those that numpy chooses from the same engine's logits, greedy and drawn, to a sequence's end."""
-    artifact = Artifact.open(compiled(dtype, plugins, mapping), ("engine",))
+    artifact = Artifact.open(compiled(kind), ("engine",))
+    prompts = read_prompts(Job.of(artifact), TINY_MIXTRAL)
     drawn = SamplingOptions(temperature=0.9, top_k=300, top_p=0.95, seed=5, repetition_penalty=1.2)
     requests = [
         GenerationOptions(OUTPUT, each, Job.of(artifact).model.eos_token_ids) for each in (SamplingOptions(), drawn)
@@ -156,25 +91,20 @@ def test_tokens_chosen_on_the_gpu(
     assert greedy != some
 
 
-@pytest.mark.parametrize(("dtype", "plugins", "mapping"), KINDS)
-def test_validate(dtype: str, plugins: str, mapping: str, compiled: Compile) -> None:
-    assert main(["validate", str(compiled(dtype, plugins, mapping)), "--tokens", "512"]) == 0
+@pytest.mark.parametrize("kind", PARAMETERS)
+def test_validate(kind: Kind, compiled: Compile) -> None:
+    assert main(["validate", str(compiled(kind)), "--tokens", "512"]) == 0
 
 
-@pytest.mark.xdist_group("float16-on-one")
-def test_memory_stays_flat(compiled: Compile) -> None:
-    """Batches and lengths alternate; after each has been seen once, the GPU's free memory does not change."""
-    artifact = Artifact.open(compiled("float16", "on", "one"), ("engine",))
-    rng = np.random.default_rng(0)
+@pytest.mark.xdist_group(KINDS[0].name)
+def test_memory_stays_flat(compiled: Compile, tmp_path: Path) -> None:
+    """Batches and lengths alternate; after each has been seen once, the GPU's free memory does not change. Where other processes
+    use the GPU too, this cannot be told."""
+    turns = ("--turns", "600", "--warmup", "480")
+    assert gpu_soak.main([str(tmp_path / "rows.json"), str(compiled(KINDS[0])), *turns]) == 0
 
-    def run(communicator: Communicator) -> list[int]:
-        session, free = load_rank(artifact, 0, 1, False), []
-        for turn in range(60):
-            batch, length = turn % 8 + 1, (7 * turn) % 60 + 2
-            given = rng.integers(0, 1536, (batch, length)).tolist()
-            generate(session, communicator, Job.of(artifact).mapping, given, GenerationOptions(4))
-            free.append(checked(driver().cuMemGetInfo())[0])
-        return free
 
-    (free,) = run_in_threads(1, run)
-    assert len(set(free[16:])) == 1, free
+@pytest.mark.xdist_group(KINDS[0].name)
+def test_what_cannot_run_is_refused(compiled: Compile, tmp_path: Path) -> None:
+    """Damaged engines, and those of another GPU or TensorRT."""
+    assert gpu_refusals.main([str(tmp_path / "rows.json"), str(compiled(KINDS[0]))]) == 0

@@ -1,0 +1,56 @@
+"""The engines that a GPU is asked to show: the shipped model in every type and mapping, and full-size models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+PLUGINS = {"on": "on", "off": "off", "mixed": "on,@layers.1=off"}
+MAPPINGS: dict[str, tuple[str, ...]] = {
+    "one": (),
+    "tp2": ("--tp_size", "2"),
+    "ep2": ("--tp_size", "2", "--moe_ep_size", "2"),
+    "pp2": ("--pp_size", "2"),
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Engines of one model; ``plugins`` is a key of ``PLUGINS``, ``mapping`` one of ``MAPPINGS``."""
+
+    dtype: str
+    plugins: str
+    mapping: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.dtype}-{self.plugins}-{self.mapping}"
+
+
+KINDS = (
+    *(Kind(*each) for each in product(("float16", "bfloat16"), ("on", "off"), MAPPINGS)),
+    Kind("float16", "mixed", "one"),
+)
+# what tests go through one after another: all ways of one rank, and one way of each mapping
+TESTED = tuple(kind for kind in KINDS if kind.mapping == "one" or (kind.dtype, kind.plugins) == ("float16", "on"))
+
+
+def compile_shipped(kind: Kind, model_dir: Path, output_dir: Path) -> list[str]:
+    """Words of the command line that compile the shipped model, for prompts of up to 64 tokens and 80 more."""
+    limits = ("--max_seq_len", "144", "--max_input_len", "64", "--max_batch_size", "8", "--max_num_tokens", "256")
+    return [*_compile(kind, output_dir), "--model_dir", str(model_dir), *limits]
+
+
+def compile_full_size(
+    kind: Kind, model: str, layers: int, output_dir: Path, slots: int = 256, batch: int = 3
+) -> list[str]:
+    """Words of the command line that compile layers of ``8x7b`` or ``8x22b`` with dummy weights."""
+    limits = ("--max_seq_len", str(slots), "--max_input_len", str(slots * 3 // 4), "--max_batch_size", str(batch))
+    return [*_compile(kind, output_dir), "--model", model, "--num_layers", str(layers), *limits]
+
+
+def _compile(kind: Kind, output_dir: Path) -> list[str]:
+    engine = ("--backend", "tensorrt", "--pipeline", "plugins", "--plugins", PLUGINS[kind.plugins])
+    what = ("--dtype", kind.dtype, "--moe_weights", "external", *MAPPINGS[kind.mapping])
+    return ["compile", "--output_dir", str(output_dir), *engine, *what]

@@ -1,0 +1,153 @@
+"""What ``gpu_check`` runs: a list of commands, each a script or test of this repository that can be run by itself."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from moecompiler.tools.gpu_kinds import KINDS, TESTED, Kind, compile_full_size, compile_shipped
+from moecompiler.tools.gpu_schedule import Step
+
+CORRECTNESS, FIGURES = "correctness", "figures"
+FULL_SIZE = ("8x22b", "8x7b")  # the longer ones first
+DECODE_LAYERS, DECODE_SLOTS = 4, 256
+BUILD_LAYERS, PACKED_LAYERS = 32, 2
+_OOTB_TOKENS = ("1", "16", "64", "256", "1024", "4096", "8192")
+_PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu", "--tb=short")
+
+
+@dataclass(frozen=True)
+class Places:
+    """The repository, and a directory for all that is made."""
+
+    root: Path
+    work: Path
+
+    @property
+    def engines(self) -> Path:
+        return self.work / "engines"
+
+    @property
+    def logs(self) -> Path:
+        return self.work / "logs"
+
+    @property
+    def figures(self) -> Path:
+        return self.work / "figures"
+
+    @property
+    def shipped(self) -> Path:
+        return self.root / "tests" / "data" / "tiny-mixtral"
+
+
+def all_steps(places: Places) -> list[Step]:
+    """In the order in which they begin: what takes long first, what others wait for before them."""
+    return [*_correctness(places), *_figures(places)]
+
+
+def _correctness(places: Places) -> Iterator[Step]:
+    yield Step("versions", CORRECTNESS, _tool("gpu_versions", places, "versions"), 60)
+    for model in FULL_SIZE:
+        for plugins in ("on", "off"):
+            name = f"{model}-{plugins}"
+            yield _compile_full_size(places, name, Kind("float16", plugins, "one"), model, 1)
+            yield _validate(places, name, 240, removes=True)
+    yield from _tests()
+    for kind in KINDS:
+        words = compile_shipped(kind, places.shipped, places.engines / kind.name)
+        yield Step(f"compile-{kind.name}", CORRECTNESS, _ours(*words), 200)
+    for kind in KINDS:
+        yield _validate(places, kind.name, 120)
+        needs = (f"compile-{kind.name}",)
+        engine = str(places.engines / kind.name)
+        text = _tool("compare_text", places, f"text-{kind.name}", engine, "--model_dir", str(places.shipped))
+        yield Step(f"text-{kind.name}", CORRECTNESS, text, 120, needs)
+        if kind in TESTED:
+            test = f"tests/gpu/test_tensorrt_model.py::test_tokens_chosen_on_the_gpu[{kind.name}]"
+            shared = (f"--engines={places.engines}",)
+            yield Step(f"chosen-{kind.name}", CORRECTNESS, (*_PYTEST, *shared, test), 120, needs)
+    shown = KINDS[0].name
+    refusals = _tool("gpu_refusals", places, "refusals", str(places.engines / shown))
+    yield Step("refusals", CORRECTNESS, refusals, 120, (f"compile-{shown}",))
+    soak = _tool("gpu_soak", places, "soak", str(places.engines / shown), "--turns", "2000")
+    yield Step("soak", CORRECTNESS, soak, 120, (f"compile-{shown}",), alone=True)
+
+
+def _tests() -> Iterator[Step]:
+    """The tests marked gpu, in processes of about the same length; those of test_tensorrt_model.py are steps of their own."""
+    ops = "tests/gpu/test_tensorrt_ops.py"
+    parts: dict[str, tuple[str, ...]] = {
+        "kernels": ("tests/plugins/test_kernels_gpu.py",),
+        "ops-moe-float16": (ops, "-k", "test_moe and float16 and not bfloat16"),
+        "ops-moe-bfloat16": (ops, "-k", "test_moe and bfloat16"),
+        "ops-attention": (ops, "-k", "test_attention"),
+        "ops-others": (ops, "-k", "not test_moe and not test_attention"),
+        "sampling": ("tests/gpu/test_sampling_gpu.py",),
+    }
+    for name, words in parts.items():
+        yield Step(name, CORRECTNESS, (*_PYTEST, *words), 240)
+
+
+def _figures(places: Places) -> Iterator[Step]:
+    moe = {
+        "moe": ("--layers", "8x7b", "8x22b"),
+        "moe-bfloat16": ("--layers", "8x7b", "--dtypes", "bfloat16"),
+        "moe-ranks": ("--layers", "8x7b tp2", "8x7b tp4", "8x7b ep2", "8x7b ep4"),
+        "moe-ootb": ("--layers", "8x7b", "--plugins", "off", "--tokens", *_OOTB_TOKENS),
+    }
+    decode = {plugins: f"decode-{plugins}" for plugins in ("on", "off")}
+
+    def timed(name: str, tool: str, seconds: int, *words: str, needs: tuple[str, ...] = ()) -> Step:
+        return Step(name, FIGURES, _tool(tool, places, name, *words), seconds, needs, alone=True)
+
+    yield timed("moe", "bench_engine_moe", 180, *moe["moe"])
+    for plugins, name in decode.items():
+        kind = Kind("float16", plugins, "one")
+        yield _compile_full_size(places, name, kind, "8x7b", DECODE_LAYERS, FIGURES, DECODE_SLOTS, 1)
+        engine = str(places.engines / name)
+        step = _tool("bench_engine_decode", places, name, engine, "--input_len", "128", "--output_len", "65")
+        yield Step(name, FIGURES, step, 100, (f"compile-{name}",), alone=True, removes=(places.engines / name,))
+    yield timed("attention", "bench_engine_attention", 120, "--plugins", "on")
+    yield timed("overhead", "bench_engine_overhead", 90)
+    for name in ("moe-bfloat16", "moe-ranks", "moe-ootb"):
+        yield timed(name, "bench_engine_moe", 150, *moe[name])
+    for plugins in ("on", "off"):
+        engine = f"float16-{plugins}-one"
+        sizes = ("--batch_size", "1,8", "--input_len", "16,64", "--output_len", "64")
+        files = ("--output_json", str(places.figures / f"shipped-{plugins}.json"))
+        words = _ours("bench", "--engine_dir", str(places.engines / engine), *sizes, *files)
+        yield Step(f"shipped-{plugins}", FIGURES, words, 60, (f"compile-{engine}",), alone=True)
+    build = ("--num_layers", str(BUILD_LAYERS), "--packed_layers", str(PACKED_LAYERS), "--work_dir", str(places.work))
+    yield timed("build", "bench_engine_build", 240, *build)
+
+
+def _compile_full_size(
+    places: Places,
+    name: str,
+    kind: Kind,
+    model: str,
+    layers: int,
+    group: str = CORRECTNESS,
+    slots: int = 256,
+    batch: int = 3,
+) -> Step:
+    words = compile_full_size(kind, model, layers, places.engines / name, slots, batch)
+    return Step(f"compile-{name}", group, _ours(*words), 240, alone=group == FIGURES)
+
+
+def _validate(places: Places, name: str, seconds: int, removes: bool = False) -> Step:
+    engine, report = places.engines / name, places.figures / f"validate-{name}.json"
+    words = _ours("validate", str(engine), "--tokens", "512", "--output_json", str(report))
+    gone = (engine,) if removes else ()
+    return Step(f"validate-{name}", CORRECTNESS, words, seconds, (f"compile-{name}",), removes=gone)
+
+
+def _ours(*words: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", "moecompiler.tools.main", *words)
+
+
+def _tool(module: str, places: Places, name: str, *words: str) -> tuple[str, ...]:
+    """A script whose first argument is where its figures go."""
+    return (sys.executable, "-m", f"moecompiler.tools.{module}", str(places.figures / f"{name}.json"), *words)
