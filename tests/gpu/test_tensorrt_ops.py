@@ -10,41 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
 
 from moecompiler.config import NormalizationMode
-from moecompiler.graph import DOMAIN, IR_VERSION, OPSET, Program
-from moecompiler.ops import OpSpec, add_function
+from moecompiler.ops import OpSpec
 from moecompiler.plugins.attention.op import ATTENTION
 from moecompiler.plugins.moe.op import moe_spec
 from moecompiler.plugins.rmsnorm.op import ADD_RMS_NORM, RMS_NORM
+from moecompiler.tools.one_node_program import one_node, profile
 from moecompiler.weights import NUMPY_DTYPES
 
 pytestmark = pytest.mark.gpu
-_ONNX = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16, "float32": TensorProto.FLOAT}
 # relative error of a row against the body in float32
 BOUNDS = {"float16": 5e-3, "bfloat16": 4e-2}
 DTYPES = pytest.mark.parametrize("dtype", BOUNDS)
-
-
-def program(spec: OpSpec, attributes: Mapping[str, Any], sizes: Mapping[str, int], dtype: str) -> Program:
-    """One node; dims that are not in ``sizes`` are free."""
-
-    def info(value: Any) -> onnx.ValueInfoProto:
-        dims = ["batch", "sequence", *value.dims[1:]] if value.dims[0] == "..." else value.dims
-        known = [int(dim) if dim.isdigit() else sizes.get(dim, dim) for dim in dims]
-        return helper.make_tensor_value_info(
-            value.name, TensorProto.INT64 if value.type == "int64" else _ONNX[dtype], known
-        )
-
-    names = [[value.name for value in values] for values in (spec.inputs, spec.outputs)]
-    node = helper.make_node(spec.name, *names, name=f"model/{spec.name}", domain=DOMAIN, **attributes)
-    graph = helper.make_graph([node], "g", [info(v) for v in spec.inputs], [info(v) for v in spec.outputs])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
-    add_function(model, spec)
-    return Program(model)
 
 
 def body_float32(
@@ -53,21 +32,15 @@ def body_float32(
     """The body in ONNX Runtime, in float32 on the same values."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(program(spec, attributes, sizes, "float32").model.SerializeToString())
+    session = onnxruntime.InferenceSession(one_node(spec, attributes, sizes, "float32").model.SerializeToString())
     wide = {name: array if array.dtype == np.int64 else array.astype(np.float32) for name, array in feeds.items()}
     return dict(zip([value.name for value in spec.outputs], session.run(None, wide), strict=True))
 
 
 def ranges(spec: OpSpec, sizes: Mapping[str, int], largest: Mapping[str, int]) -> dict[str, Any]:
     """A profile from 1 to ``largest`` of every free dim."""
-
-    def shape(value: Any, free: Any) -> tuple[int, ...]:
-        dims = ["batch", "sequence", *value.dims[1:]] if value.dims[0] == "..." else value.dims
-        return tuple(int(dim) if dim.isdigit() else sizes[dim] if dim in sizes else free(dim) for dim in dims)
-
-    bounds = (lambda dim: 1), (lambda dim: max(1, largest[dim] // 2)), (lambda dim: largest[dim])
-    shapes = {value.name: tuple(shape(value, each) for each in bounds) for value in spec.inputs}
-    return {name: each for name, each in shapes.items() if each[0] != each[2]}
+    least, typical = dict.fromkeys(largest, 1), {name: max(1, size // 2) for name, size in largest.items()}
+    return profile(spec, sizes, (least, typical, largest))
 
 
 def error(got: np.ndarray, wanted: np.ndarray, outliers: float) -> float:
@@ -92,7 +65,7 @@ def check(
 ) -> None:
     from moecompiler.tools.one_node import Runner, build
 
-    engine = build(program(spec, attributes, sizes, dtype), [ranges(spec, sizes, largest)], switches, dtype, directory)
+    engine = build(one_node(spec, attributes, sizes, dtype), [ranges(spec, sizes, largest)], switches, dtype, directory)
     runner = Runner(engine.plan.data, engine.aliases)
     for feeds in cases:
         rounded = {n: a if a.dtype == np.int64 else a.astype(NUMPY_DTYPES[dtype]) for n, a in feeds.items()}
@@ -121,13 +94,13 @@ def test_norms(spec: OpSpec, dtype: str, tmp_path: Path) -> None:
 
 
 def moe_case(
-    tokens: int, hidden: int, inner: int, experts: int, local: int, skew: float = 0.0
+    tokens: int, hidden: int, inner: int, experts: int, local: int, drawn: Mapping[int, float] | None = None
 ) -> dict[str, np.ndarray]:
-    """``skew`` draws all tokens to expert 0."""
+    """``drawn``: what is added to the logits of some experts, for all tokens."""
     x, router = normal(tokens, hidden), normal(experts, hidden, scale=hidden**-0.5)
-    if skew:
+    if drawn:
         x[:, 0] = 1.0
-        router[0, 0] = skew
+        router[list(drawn), 0] = list(drawn.values())
     return {
         "x": x,
         "router": router,
@@ -137,14 +110,22 @@ def moe_case(
     }
 
 
+ROUTED = [
+    pytest.param(0, 1, 8, 8, id="softmax-top1-of-8"),
+    pytest.param(0, 3, 5, 5, id="softmax-top3-of-5"),
+    pytest.param(1, 2, 8, 8, id="renormalized-top2-of-8"),
+    pytest.param(1, 3, 5, 5, id="renormalized-top3-of-5"),
+    pytest.param(1, 2, 8, 4, id="renormalized-top2-of-8-half-here"),
+    pytest.param(2, 1, 5, 5, id="sparse_mixer-top1-of-5"),
+    pytest.param(2, 2, 8, 8, id="sparse_mixer-top2-of-8"),
+]
+
+
 @DTYPES
-@pytest.mark.parametrize(
-    ("mode", "top_k", "experts", "local"),
-    [(1, 2, 8, 8), (0, 1, 8, 8), (2, 2, 8, 8), (1, 3, 5, 5), (1, 2, 8, 4)],
-)
+@pytest.mark.parametrize(("mode", "top_k", "experts", "local"), ROUTED)
 def test_moe(mode: int, top_k: int, experts: int, local: int, dtype: str, tmp_path: Path) -> None:
-    """All ways of routing, an odd number of experts, and a rank that holds half of them. Where two experts score alike, rounded
-    logits choose otherwise than the reference's."""
+    """All ways of routing, an odd number of experts, a rank that holds half of them, all tokens on one expert, experts without
+    a token. Where two experts score alike, rounded logits choose otherwise than the reference's."""
     hidden, inner = 256, 512
     spec = moe_spec(NormalizationMode(mode), top_k)
     sizes = {
@@ -154,11 +135,22 @@ def test_moe(mode: int, top_k: int, experts: int, local: int, dtype: str, tmp_pa
         "experts": experts,
         "local_experts": local,
     }
-    cases = [moe_case(tokens, hidden, inner, experts, local) for tokens in (1, 3, 17, 129, 300)]
+    shape = hidden, inner, experts, local
+    cases = [moe_case(tokens, *shape) for tokens in (1, 3, 17, 129, 300)]
     if local == experts:
-        cases.append(moe_case(65, hidden, inner, experts, local, skew=30.0))
+        cases.append(moe_case(65, *shape, drawn={0: 30.0}))
+    cases.append(moe_case(129, *shape, drawn={experts - 2: -30.0, 1: -30.0}))
     attributes = {"top_k": top_k, "normalization_mode": mode}
-    check(spec, attributes, sizes, {"tokens": 512}, cases, dtype, tmp_path, outliers=0.06)
+    check(spec, attributes, sizes, {"tokens": 512}, cases, dtype, tmp_path, outliers=0.02)
+
+
+def test_moe_body(tmp_path: Path) -> None:
+    """With plugins off, weights as inputs."""
+    sizes = {"hidden": 128, "intermediate": 256, "twice_intermediate": 512, "experts": 5, "local_experts": 5}
+    attributes = {"top_k": 3, "normalization_mode": 1}
+    cases = [moe_case(tokens, 128, 256, 5, 5) for tokens in (1, 17)]
+    spec = moe_spec(NormalizationMode.RENORMALIZE, 3)
+    check(spec, attributes, sizes, {"tokens": 64}, cases, "float16", tmp_path, outliers=0.02, switches="off")
 
 
 def attention_case(
@@ -211,7 +203,7 @@ def test_runs_without_triton(tmp_path: Path) -> None:
     feeds = {"x": normal(2, 5, 512).astype(np.float16), "weight": normal(512).astype(np.float16)}
     sizes = {"hidden": 512}
     shapes = ranges(RMS_NORM, sizes, {"batch": 4, "sequence": 8})
-    engine = build(program(RMS_NORM, {"epsilon": 1e-5}, sizes, "float16"), [shapes], "on", "float16", tmp_path)
+    engine = build(one_node(RMS_NORM, {"epsilon": 1e-5}, sizes, "float16"), [shapes], "on", "float16", tmp_path)
     (tmp_path / "node.plan").write_bytes(engine.plan.data)
     np.savez(tmp_path / "feeds.npz", **feeds)
     code = f"""
