@@ -1,0 +1,124 @@
+"""What ``gpu_check`` runs and writes; nothing here needs a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from moecompiler.tools import gpu_check
+from moecompiler.tools.gpu_check import ROOT, figures, line, main, pack_logs, select, summary
+from moecompiler.tools.gpu_kinds import KINDS
+from moecompiler.tools.gpu_schedule import OK, SKIPPED, TIMED_OUT, Outcome, Step, check
+from moecompiler.tools.gpu_steps import Places, all_steps
+
+STEPS = all_steps(Places(ROOT, Path("/work-dir")))
+NAMES = [step.name for step in STEPS]
+
+
+def names(only: str = "", skip: str = "") -> list[str]:
+    return [step.name for step in select(STEPS, only, skip)]
+
+
+def test_steps_are_in_order() -> None:
+    check(STEPS)
+    assert not [step.name for step in STEPS if step.group == "figures" and not step.alone]
+
+
+def test_every_kind_is_built_validated_and_read() -> None:
+    for kind in KINDS:
+        assert {f"compile-{kind.name}", f"validate-{kind.name}", f"text-{kind.name}"} <= set(NAMES)
+    assert {kind.mapping for kind in KINDS if kind.dtype == "bfloat16"} == {"one", "tp2", "ep2", "pp2"}
+
+
+@pytest.mark.parametrize("step", STEPS, ids=NAMES)
+def test_scripts_and_tests_are_there(step: Step) -> None:
+    if step.command[1] == "-m" and step.command[2].startswith("moecompiler.tools."):
+        assert (ROOT / "tools" / f"{step.command[2].rpartition('.')[2]}.py").is_file()
+    for word in step.command:
+        if word.startswith("tests/"):
+            assert (ROOT / word.partition("::")[0]).is_file()
+
+
+def test_only_brings_what_is_needed() -> None:
+    assert names("validate-float16-on-tp2") == ["compile-float16-on-tp2", "validate-float16-on-tp2"]
+    assert names("validate-float16-on-tp2", "compile-*") == ["validate-float16-on-tp2"]
+    assert names("overhead, moe*") == [n for n in NAMES if n.startswith("moe") or n == "overhead"]
+    assert "soak" in names("correctness")
+    assert "moe" not in names("correctness")
+    assert {"compile-float16-on-one", "moe"} <= set(names("figures"))
+    assert names() == NAMES
+
+
+@pytest.mark.parametrize("words", [["--only", "valdate-*"], ["--skip", "nothing"], ["--jobs", "0"], []])
+def test_what_is_wrong_is_said(words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*words, *(["--output_dir", str(tmp_path / "out")] if words else [])])
+    assert end.value.code == 2
+    assert "error:" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list", "--only", "text-float16-on-one"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.split()[:2] == ["compile-float16-on-one", "correctness"]
+    assert second.split()[-1] == "compile-float16-on-one"
+
+
+def script(code: str) -> tuple[str, ...]:
+    return (sys.executable, "-S", "-c", code)
+
+
+def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Good and bad steps; figures of those that wrote some, logs of those that ran."""
+
+    def steps(places: Places) -> list[Step]:
+        path = str(places.figures / "good.json")
+        return [
+            Step("good", "a", script(f"open({path!r}, 'w').write('[1.5]'); print('fine')"), 20),
+            Step("bad", "a", script("print('alas'); raise SystemExit(4)"), 20),
+            Step("hopeless", "a", script("print('never')"), 20, ("bad",)),
+            Step("slow", "b", script("import time; time.sleep(30)"), 1, ("good",), alone=True),
+        ]
+
+    monkeypatch.setattr(gpu_check, "all_steps", steps)
+    out, work = tmp_path / "out", tmp_path / "work"
+    (work / "figures").mkdir(parents=True)
+    (work / "figures" / "slow.json").write_text("[0]")  # of an earlier run
+    status = main(["--output_dir", str(out), "--work_dir", str(work), "--jobs", "2"])
+    printed = capsys.readouterr().out.splitlines()
+    assert status == 1
+    assert sorted(line.split()[0] for line in printed[:-1]) == ["FAIL", "SKIP", "TIME", "ok"]
+    assert printed[-1].startswith("1 failed, 1 ok, 1 skipped, 1 timed out in ")
+    report = json.loads((out / "summary.json").read_text())
+    assert report["counts"] == {"failed": 1, "ok": 1, "skipped": 1, "timed out": 1}
+    assert next(each for each in report["steps"] if each["name"] == "bad")["last"] == "alas"
+    assert json.loads((out / "figures.json").read_text()) == {"good": [1.5]}
+    with tarfile.open(out / "logs.tar.gz") as archive:
+        assert sorted(archive.getnames()) == ["logs/bad.log", "logs/good.log", "logs/slow.log"]
+    assert {path.name for path in out.iterdir()} == {"summary.json", "figures.json", "logs.tar.gz"}
+
+
+def test_parts(tmp_path: Path) -> None:
+    outcomes = [
+        Outcome("a", OK, 0, 1.26, "x" * 400),
+        Outcome("b", TIMED_OUT, None, 2.0, ""),
+        Outcome("c", SKIPPED, None, 0, "no"),
+    ]
+    assert summary(outcomes, 3.14159)["counts"] == {OK: 1, SKIPPED: 1, TIMED_OUT: 1}
+    assert [line(each).split()[0] for each in outcomes] == ["ok", "TIME", "SKIP"]
+    assert len(line(outcomes[0])) < 200
+    (tmp_path / "a.json").write_text("{")
+    assert figures(tmp_path, [Step("a", "g", (), 1), Step("b", "g", (), 1)]) == {"a": None}
+    pack_logs(tmp_path / "logs.tar.gz", tmp_path, [])
+
+
+def test_runs_as_a_file() -> None:
+    done = subprocess.run([sys.executable, "tools/gpu_check.py", "--list"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == len(NAMES)
