@@ -119,9 +119,18 @@ def _launch(function: Function, launch: Launch, values: tuple[Any, ...], types: 
     config.blockDimX, config.blockDimY, config.blockDimZ = 32 * function.cubin.num_warps, 1, 1
     config.sharedMemBytes = function.cubin.shared
     config.hStream = stream
+    attributes = []
     if launch.overlapped:
         attribute = driver.CUlaunchAttribute()
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         attribute.value.programmaticStreamSerializationAllowed = 1
-        config.attrs, config.numAttrs = [attribute], 1
+        attributes.append(attribute)
+    if launch.cluster > 1:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        size = attribute.value.clusterDim
+        size.x, size.y, size.z = launch.cluster, 1, 1
+        attributes.append(attribute)
+    if attributes:
+        config.attrs, config.numAttrs = attributes, len(attributes)
     check(*driver.cuLaunchKernelEx(config, function.handle, (values, types), 0))

@@ -128,12 +128,14 @@ class Launch:
 
     With ``overlapped`` it is launched with the attribute ``PROGRAMMATIC_STREAM_SERIALIZATION`` set to 1: it may start while the
     launch before it ends, and waits for it itself (``griddepcontrol.wait``). A plan's first launch is never overlapped.
+    ``cluster`` programs, adjacent along the grid's first axis, run at the same time and share their shared memory.
     """
 
     kernel: int
     grid: tuple[int, int, int]
     args: tuple[Argument, ...]
     overlapped: bool = False
+    cluster: int = 1
 
 
 class Tactic(Protocol):

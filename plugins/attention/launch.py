@@ -8,6 +8,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from moecompiler.plugins.attention.cluster_decode import (
+    LARGEST_GROUP,
+    TILE_SLOTS,
+    ClusterDecode,
+    cluster_decode_kernel,
+)
 from moecompiler.plugins.launch import (
     TRITON_TYPES,
     AnyKernel,
@@ -26,7 +32,7 @@ from moecompiler.plugins.launch import (
 
 _MODULE = "moecompiler.plugins.attention.kernels"
 _APPENDED_TOKENS = 16  # per program
-_DECODE, _MERGE, _APPEND, _PREFILL = range(4)  # of a tactic's kernels
+_DECODE, _APPEND, _PREFILL, _MERGE = range(4)  # of a tactic's kernels
 _QUERY, _KEY, _VALUE, _COS, _SIN, _POSITIONS, _PAST_KEY = (Input(i) for i in range(7))
 _OUTPUT, _KEYS, _VALUES = (Output(i) for i in range(3))
 
@@ -73,54 +79,39 @@ class AttentionTactic:
     window: int
     dtype: str
     sm: int
-    decode: DecodeTiles
+    decode: DecodeTiles | ClusterDecode
     prefill: PrefillTiles | WarpgroupPrefill
     processors: int
 
     @cached_property
     def kernels(self) -> tuple[AnyKernel, ...]:
-        sizes = {
-            "N": self.heads,
-            "KV": self.kv_heads,
-            "D": self.head_dim,
-            "D_BLOCK": self._block,
-            "WINDOW": self.window,
-        }
-        decode = {
-            **sizes,
-            "G_BLOCK": max(16, power_of_two(self.heads // self.kv_heads)),
-            "T_BLOCK": self.decode.slots,
-        }
-        merge = {"D": self.head_dim, "D_BLOCK": self._block, "P_BLOCK": self.decode.max_parts}
-        append = {key: sizes[key] for key in ("KV", "D", "D_BLOCK")} | {"S_BLOCK": _APPENDED_TOKENS}
-        inputs = "query:T key:T value:T cos:T sin:T position_ids:L keys:T values:T"
-        row_bytes = 2 * 2 * self._block  # of a key and its value
-        decode_stages = self._stages(self.decode.stages, row_bytes * self.decode.slots)
-        return (
-            self._kernel(
-                "decode",
-                f"{inputs} output:T mixed:F sums:F slots:i32 scale:fp32 parts:i32",
-                decode,
-                self.decode.warps,
-                decode_stages,
-            ),
-            self._kernel("merge", "mixed:F sums:F output:T parts:i32", merge, 4),
-            self._kernel("append", f"{inputs.removeprefix('query:T ')} length:i32 slots:i32", append, 4),
+        heads = {"KV": self.kv_heads, "D": self.head_dim, "D_BLOCK": self._block}
+        types = "key:T value:T cos:T sin:T position_ids:L keys:T values:T length:i32 slots:i32"
+        append = self._kernel("append", types, heads | {"S_BLOCK": _APPENDED_TOKENS}, 4)
+        prefill = (
             self._warpgroup_prefill()
             if isinstance(self.prefill, WarpgroupPrefill)
-            else self._tiled_prefill(self.prefill),
+            else self._tiled_prefill(self.prefill)
         )
+        if isinstance(self.decode, ClusterDecode):
+            cluster = cluster_decode_kernel(self.heads, self.kv_heads, self.head_dim, self.window, self.dtype)
+            return cluster, append, prefill
+        constants = {"D": self.head_dim, "D_BLOCK": self._block, "P_BLOCK": self.decode.max_parts}
+        merge = self._kernel("merge", "mixed:F sums:F output:T parts:i32", constants, 4)
+        return self._tiled_decode(self.decode), append, prefill, merge
 
-    def _tiled_prefill(self, tiles: PrefillTiles) -> Kernel:
-        constants = {
-            "N": self.heads,
-            "KV": self.kv_heads,
-            "D": self.head_dim,
-            "D_BLOCK": self._block,
-            "WINDOW": self.window,
-            "S_BLOCK": tiles.tokens,
+    def _tiled_decode(self, tiles: DecodeTiles) -> Kernel:
+        constants = self._sizes | {
+            "G_BLOCK": max(16, power_of_two(self.heads // self.kv_heads)),
             "T_BLOCK": tiles.slots,
         }
+        stages = self._stages(tiles.stages, 4 * self._block * tiles.slots)
+        inputs = "query:T key:T value:T cos:T sin:T position_ids:L keys:T values:T"
+        types = f"{inputs} output:T mixed:F sums:F slots:i32 scale:fp32 parts:i32"
+        return self._kernel("decode", types, constants, tiles.warps, stages)
+
+    def _tiled_prefill(self, tiles: PrefillTiles) -> Kernel:
+        constants = self._sizes | {"S_BLOCK": tiles.tokens, "T_BLOCK": tiles.slots}
         stages = self._stages(tiles.stages, 4 * self._block * tiles.slots, 2 * self._block * tiles.tokens)
         types = (
             "query:T cos:T sin:T position_ids:L keys:T values:T output:T length:i32 slots:i32 scale:fp32 cache_rows:i32"
@@ -150,9 +141,12 @@ class AttentionTactic:
         )
 
     def workspace(self, dims: Dims) -> int:
+        if isinstance(self.decode, ClusterDecode):
+            return 0
         arena, (batch, _, _), slots = Arena(), dims[0], dims[6][2]
         # fewer sequences may be divided into more parts, so what the plan for `batch` takes is not the bound
-        rows = self.heads * max(count * self._parts(count, slots) for count in range(1, max(1, batch) + 1))
+        counts = range(1, max(1, batch) + 1)
+        rows = self.heads * max(count * self._parts(self.decode, count, slots) for count in counts)
         arena.take(4 * rows * self.head_dim)
         arena.take(8 * rows)
         return arena.size
@@ -162,21 +156,32 @@ class AttentionTactic:
         if not batch or not length:
             return ()
         scale = self.scale * math.log2(math.e)
-        if length > 1:
-            append = (_KEY, _VALUE, _COS, _SIN, _POSITIONS, _KEYS, _VALUES, length, slots)
-            return (
-                Launch(_APPEND, (-(-length // _APPENDED_TOKENS), self.kv_heads, batch), append),
-                self._attend_launch(batch, length, slots, scale),
-            )
-        parts, arena = self._parts(batch, slots), Arena()
+        if length == 1:
+            if isinstance(self.decode, ClusterDecode):
+                return (self._cluster_launch(self.decode, batch, slots, scale),)
+            return self._tiled_launches(self.decode, batch, slots, scale)
+        append = (_KEY, _VALUE, _COS, _SIN, _POSITIONS, _KEYS, _VALUES, length, slots)
+        return (
+            Launch(_APPEND, (-(-length // _APPENDED_TOKENS), self.kv_heads, batch), append),
+            self._attend_launch(batch, length, slots, scale),
+        )
+
+    def _cluster_launch(self, decode: ClusterDecode, batch: int, slots: int, scale: float) -> Launch:
+        parts = decode.parts(batch * self.kv_heads, slots, self.processors)
+        new = (_QUERY, _KEY, _VALUE, _COS, _SIN, _POSITIONS)
+        args = (*new, *self._cache_maps(batch, slots, TILE_SLOTS), _KEYS, _VALUES, _OUTPUT, slots, scale)
+        return Launch(_DECODE, (parts, self.kv_heads, batch), args, cluster=parts)
+
+    def _tiled_launches(self, decode: DecodeTiles, batch: int, slots: int, scale: float) -> tuple[Launch, ...]:
+        parts, arena = self._parts(decode, batch, slots), Arena()
         rows = batch * self.heads * parts
         mixed, sums = arena.take(4 * rows * self.head_dim), arena.take(8 * rows)
         inputs = (_QUERY, _KEY, _VALUE, _COS, _SIN, _POSITIONS, _KEYS, _VALUES)
-        decode = Launch(_DECODE, (parts, self.kv_heads, batch), (*inputs, _OUTPUT, mixed, sums, slots, scale, parts))
+        args = (*inputs, _OUTPUT, mixed, sums, slots, scale, parts)
+        attend = Launch(_DECODE, (parts, self.kv_heads, batch), args)
         if parts == 1:
-            return (decode,)
-        merge = Launch(_MERGE, (batch * self.heads, 1, 1), (mixed, sums, _OUTPUT, parts), self._overlapped)
-        return (decode, merge)
+            return (attend,)
+        return attend, Launch(_MERGE, (batch * self.heads, 1, 1), (mixed, sums, _OUTPUT, parts), self._overlapped)
 
     def _attend_launch(self, batch: int, length: int, slots: int, scale: float) -> Launch:
         tiles = -(-length // self.prefill.tokens)
@@ -184,13 +189,21 @@ class AttentionTactic:
             rows = batch * self.kv_heads * slots
             tiled = (_QUERY, _COS, _SIN, _POSITIONS, _KEYS, _VALUES, _OUTPUT, length, slots, scale, rows)
             return Launch(_PREFILL, (self.heads, tiles, batch), tiled, self._overlapped)
-        sizes, strides = (batch * self.kv_heads, slots, self.head_dim), (slots * self.head_dim, self.head_dim)
-        keys, values = (
-            TensorMap(cache, self.dtype, sizes, strides, (1, self.prefill.slots, 64)) for cache in (_KEYS, _VALUES)
-        )
+        keys, values = self._cache_maps(batch, slots, self.prefill.slots)
         programs = min(self.processors, batch * self.heads * tiles)
         args = (_QUERY, _COS, _SIN, _POSITIONS, keys, values, _OUTPUT, batch, length, slots, scale)
         return Launch(_PREFILL, (programs, 1, 1), args, self._overlapped)
+
+    def _cache_maps(self, batch: int, slots: int, box: int) -> tuple[TensorMap, TensorMap]:
+        """Keys and values, ``box`` slots and 64 columns at a time."""
+        sizes, strides = (batch * self.kv_heads, slots, self.head_dim), (slots * self.head_dim, self.head_dim)
+        keys, values = (TensorMap(cache, self.dtype, sizes, strides, (1, box, 64)) for cache in (_KEYS, _VALUES))
+        return keys, values
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        sizes = {"N": self.heads, "KV": self.kv_heads, "D": self.head_dim, "D_BLOCK": self._block}
+        return sizes | {"WINDOW": self.window}
 
     @property
     def _overlapped(self) -> bool:
@@ -200,10 +213,10 @@ class AttentionTactic:
     def _block(self) -> int:
         return max(16, power_of_two(self.head_dim))
 
-    def _parts(self, batch: int, slots: int) -> int:
+    def _parts(self, tiles: DecodeTiles, batch: int, slots: int) -> int:
         """Among how many programs a sequence's slots are divided: each should have two tiles of them."""
-        wanted = self.decode.programs * self.processors // (batch * self.kv_heads)
-        return max(1, min(self.decode.max_parts, wanted, slots // (2 * self.decode.slots)))
+        wanted = tiles.programs * self.processors // (batch * self.kv_heads)
+        return max(1, min(tiles.max_parts, wanted, slots // (2 * tiles.slots)))
 
     def _stages(self, wanted: int, stage: int, kept: int = 0) -> int:
         return max(1, min(wanted, (shared_memory(self.sm) - kept - 8192) // stage))
@@ -227,6 +240,9 @@ def tactics(op: str, attributes: Mapping[str, Any], dims: Dims, dtype: str, sm: 
     scale, window = attributes["scale"], attributes["window"]
     sizes = (heads, kv_heads, head_dim, scale, window, dtype, sm)
     tiled = AttentionTactic("tiled", *sizes, DecodeTiles(), PrefillTiles(), multiprocessors(sm))
-    if sm == 90 and head_dim <= 128 and head_dim % 16 == 0:
-        return replace(tiled, name="warpgroups", prefill=WarpgroupPrefill()), tiled
-    return (tiled,)
+    if sm != 90 or head_dim > 128:
+        return (tiled,)
+    decode = ClusterDecode() if heads // kv_heads <= LARGEST_GROUP else tiled.decode
+    prefill = WarpgroupPrefill() if head_dim % 16 == 0 else tiled.prefill
+    warpgroups = replace(tiled, name="warpgroups", decode=decode, prefill=prefill)
+    return (tiled,) if decode is tiled.decode and prefill is tiled.prefill else (warpgroups, tiled)

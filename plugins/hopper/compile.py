@@ -9,7 +9,7 @@ from typing import Any
 from moecompiler.plugins.hopper.wgmma import wgmma_header
 from moecompiler.plugins.launch import Cubin, CudaKernel
 
-_HEADERS = ("ptx.cuh",)
+_HEADERS = ("ptx.cuh", "warp.cuh", "cluster.cuh")
 
 
 def compile_cuda(kernel: CudaKernel, sm: int) -> Cubin:

@@ -62,6 +62,18 @@ def test_kernels_compile(sm: int) -> None:
         assert_fits(kernels[name][-1], sm)
 
 
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "window"), [(1, 8, 0), (4, 128, 0), (4, 96, 100), (8, 128, 0), (16, 72, 0), (16, 128, 7)]
+)
+def test_decode_compiles(heads: int, head_dim: int, window: int) -> None:
+    """In C++, for any group of query heads; two programs fit into a multiprocessor, which keeps 1 KB of each for itself."""
+    attributes = ATTENTION | {"num_heads": heads, "num_kv_heads": 1, "window": window}
+    kernel = tactics("Attention", attributes, attention_dims(-1, -1, -1, head_dim), "float16", 90)[0].kernels[0]
+    assert isinstance(kernel, CudaKernel)
+    assert_fits(kernel, 90)
+    assert 2 * (kernel.shared + 1024) <= 228 * 1024
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "sm"), [("float16", 90), ("bfloat16", 80), ("float16", 120)])
 def test_all_kernels_compile(sm: int, dtype: str) -> None:

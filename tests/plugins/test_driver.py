@@ -26,6 +26,7 @@ from moecompiler.plugins.launch import (
 
 SIGNATURE = (("x", "*fp16"), ("n", "i32"), ("scale", "fp32"))
 TRITON = Kernel("module", "kernel", SIGNATURE, ())
+CUDA_NUMBERS = CudaKernel("package/file.cu", "kernel", SIGNATURE, (), 4, 0)
 CUDA = CudaKernel("package/file.cu", "kernel", (("x", "tensormap"), ("y", "*i16")), (), 12, 100_000)
 
 
@@ -82,6 +83,21 @@ def test_cuda_kernels_get_what_they_name(calls: dict[str, list[tuple[Any, ...]]]
         [64, 32, 1],
         [1, 1, 1],
     ]
+
+
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_clusters_and_overlap_are_attributes(calls: dict[str, list[tuple[Any, ...]]], overlapped: bool) -> None:
+    """A launch without either has none."""
+    args = (Workspace(0), 1, 1.0)
+    launches = [Launch(0, (8, 2, 1), args, overlapped, cluster=4), Launch(0, (8, 2, 1), args)]
+    run([loaded(CUDA_NUMBERS)], launches, [], [], workspace=0, scratch=0, stream=0)
+    (first, *_), (second, *_) = calls["cuLaunchKernelEx"]
+    ids = cuda.CUlaunchAttributeID
+    found = {attribute.id: attribute.value for attribute in first.attrs}
+    size = found.pop(ids.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION).clusterDim
+    assert (size.x, size.y, size.z) == (4, 1, 1)
+    assert set(found) == ({ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION} if overlapped else set())
+    assert (first.numAttrs, second.numAttrs) == (1 + overlapped, 0)
 
 
 def test_a_refusal_of_the_driver_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

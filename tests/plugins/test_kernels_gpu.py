@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from moecompiler.config import NormalizationMode
+from moecompiler.plugins.attention.cluster_decode import ClusterDecode
+from moecompiler.plugins.attention.launch import AttentionTactic
 from moecompiler.plugins.tactics import tactics
 from moecompiler.routing import route
 from moecompiler.tools.bench_attention import Case, expected, random_inputs
@@ -115,6 +118,59 @@ def test_attention(dtype: torch.dtype, head_dim: int, batch: int, new: int, past
             torch.testing.assert_close(cache[:, :, past + new :], before[:, :, past + new :], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"),
+    [(32, 8, 128), (32, 32, 128), (32, 4, 128), (32, 2, 128), (12, 1, 72), (6, 2, 64), (32, 8, 96), (4, 2, 24)],
+)
+@pytest.mark.parametrize("slots", [1101, 70])
+def test_decode_of_ragged_sequences(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, slots: int) -> None:
+    """Slots that a sequence does not see hold NaN, its own too, before it is written; nothing else is touched."""
+    torch.manual_seed(0)
+    positions = torch.tensor([0, 1, 15, 16, slots // 2, slots - 1], device="cuda")
+    case = Case(len(positions), 1, slots - 1, slots, heads, kv_heads, head_dim)
+    inputs = random_inputs(case, dtype)
+    inputs[5] = positions[:, None]
+    want = expected(case, inputs)
+    unseen = torch.arange(slots, device="cuda") >= positions[:, None]
+    own = torch.arange(slots, device="cuda") == positions[:, None]
+    poisoned = [cache.masked_fill(unseen[:, None, :, None], math.nan) for cache in inputs[6:]]
+    name = str(dtype).removeprefix("torch.")
+    for tactic in tactics("Attention", case.attributes, case.dims, name, compute_capability()):
+        caches = [cache.clone() for cache in poisoned]
+        got = torch.full_like(inputs[0], math.nan)
+        prepare(tactic, case.dims)([*inputs[:6], *caches], [got, *caches])
+        assert relative_error(got, want) < BOUNDS[dtype]
+        rows = inputs[2].view(case.batch, kv_heads, 1, head_dim).expand_as(caches[1])
+        wanted_values = torch.where(own[:, None, :, None], rows, poisoned[1])
+        torch.testing.assert_close(caches[1], wanted_values, rtol=0, atol=0, equal_nan=True)
+        others = ~own[:, None, :, None].expand_as(caches[0])
+        torch.testing.assert_close(caches[0][others], poisoned[0][others], rtol=0, atol=0, equal_nan=True)
+        assert not caches[0][~others].isnan().any()
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+def test_decode_in_any_number_of_parts(parts: int) -> None:
+    """Also more than the plan would choose, some of which see nothing; twice the same bits."""
+    torch.manual_seed(0)
+    case = Case(3, 1, 600, 640)
+    inputs = random_inputs(case, torch.float16)
+    tactic = tactics("Attention", case.attributes, case.dims, "float16", compute_capability())[0]
+    if not isinstance(tactic, AttentionTactic) or not isinstance(tactic.decode, ClusterDecode):
+        pytest.skip("only SM 9.0 has clusters here")
+    prepared = prepare(tactic, case.dims)
+    (launch,) = prepared.launches
+    divided = dataclasses.replace(launch, grid=(parts, *launch.grid[1:]), cluster=parts)
+    for past in (600, 0, 63, 64):
+        inputs[5].fill_(past)
+        want = expected(case, inputs)
+        got = [torch.full_like(inputs[0], math.nan) for _ in range(2)]
+        for output in got:
+            prepared.run([divided], inputs, [output, inputs[6], inputs[7]])
+        assert relative_error(got[0], want) < BOUNDS[torch.float16]
+        torch.testing.assert_close(got[1], got[0], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("new", [1, 130])
 @pytest.mark.parametrize("window", [1, 100, 257])
 def test_attention_window(new: int, window: int) -> None:
@@ -123,11 +179,11 @@ def test_attention_window(new: int, window: int) -> None:
     case = Case(2, new, 700, 1024)
     inputs = random_inputs(case, torch.float16)
     windowed = case.attributes | {"window": window}
-    (tactic, *_) = tactics("Attention", windowed, case.dims, "float16", compute_capability())
-    got = torch.full_like(inputs[0], float("nan"))
-    prepare(tactic, case.dims)(inputs, [got, inputs[6], inputs[7]])
-    want = _windowed(case, inputs, window)
-    assert relative_error(got, want) < BOUNDS[torch.float16]
+    for tactic in tactics("Attention", windowed, case.dims, "float16", compute_capability()):
+        got = torch.full_like(inputs[0], float("nan"))
+        prepare(tactic, case.dims)(inputs, [got, inputs[6], inputs[7]])
+        want = _windowed(case, inputs, window)
+        assert relative_error(got, want) < BOUNDS[torch.float16]
 
 
 def _windowed(case: Case, inputs: list[torch.Tensor], window: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moecompiler.plugins.launch import ALIGNMENT, Cubin, Dims, Output, Tactic, Workspace
+from moecompiler.plugins.launch import ALIGNMENT, Cubin, CudaKernel, Dims, Output, Tactic, Workspace
 from moecompiler.plugins.tactics import tactics
 
 MOE = {"top_k": 2, "normalization_mode": 1}
@@ -65,6 +65,35 @@ def test_a_plan_fits_its_kernels_and_its_workspace(op: str, attributes: dict[str
             assert 0 < launch.grid[0] < 2**31
             assert all(arg.offset < workspace for arg in launch.args if isinstance(arg, Workspace))
             assert not (launch.overlapped and sm < 90)
+            assert launch.grid[0] % launch.cluster == 0
+            assert launch.cluster == 1 or sm >= 90
+
+
+@pytest.mark.parametrize(
+    ("batch", "slots", "parts"), [(1, 128, 1), (1, 512, 4), (1, 4096, 8), (4, 2048, 4), (9, 2048, 2), (32, 4096, 1)]
+)
+def test_decode_is_divided_until_most_of_the_gpu_is_busy(batch: int, slots: int, parts: int) -> None:
+    """On SM 9.0; a short cache is not worth it."""
+    dims = attention_dims(batch, 1, slots)
+    (launch,) = of("Attention", ATTENTION, dims)[0].launches(dims)
+    assert (launch.grid, launch.cluster) == ((parts, 8, batch), parts)
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "decode", "prefill"),
+    [(8, 128, True, True), (17, 128, False, True), (8, 24, True, False), (17, 24, None, None), (8, 136, None, None)],
+)
+def test_only_what_a_kernel_takes_is_given_to_it(
+    heads: int, head_dim: int, decode: bool | None, prefill: bool | None
+) -> None:
+    """Whether decode and prefill on SM 9.0 are CUDA C++; None where Triton's is the only tactic. One key-value head."""
+    attributes = ATTENTION | {"num_heads": heads, "num_kv_heads": 1}
+    found = of("Attention", attributes, attention_dims(1, 1, 64, head_dim))
+    cuda = [
+        [isinstance(kernel, CudaKernel) for kernel in tactic.kernels if kernel.function in ("decode", "prefill")]
+        for tactic in found
+    ]
+    assert cuda == [[False, False]] if decode is None else [[decode, prefill], [False, False]]
 
 
 @pytest.mark.parametrize("op", ["MoE", "Attention"])
