@@ -124,7 +124,7 @@ class NodeKernels:
             "H_BLOCK": MOVED_COLUMNS,
             "M": rows,
         }
-        types = "x:T chosen:I counts:I rows:I totals:I sorted_x:T counters:I tokens:i32 blocks:i32"
+        types = "x:T chosen:I counts:I rows:I totals:I sorted_x:T tokens:i32 blocks:i32"
         return self._kernel("routing_kernels", "place", types, constants, 4)
 
     def grouped(self) -> dict[Key, AnyKernel]:
@@ -137,7 +137,7 @@ class NodeKernels:
             "ELEMENT_IS_BFLOAT16": self.dtype == "bfloat16",
         }
         maps = (("weights", "tensormap"), ("tokens", "tensormap"))
-        signature = (*maps, ("totals", "*i32"), ("counter", "*i32"), ("results", "*i16"))
+        signature = (*maps, ("totals", "*i32"), ("results", "*i16"))
         source, shared = f"{_MODULE}/grouped.cu", shared_memory(90)
         combine = {"HIDDEN": sizes.hidden, "TOP_K": sizes.top_k, "H_BLOCK": COMBINED_COLUMNS}
         types = "results:T places:I weights:F y:T"

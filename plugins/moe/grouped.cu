@@ -3,10 +3,12 @@
 // The weights are the left operand and the tokens the right one, whose width may be any multiple of 16: an expert's rows are cut
 // into equal tiles of at most 320, and little is computed in vain whatever their number. One warp fetches weights by the copy
 // engine and one tokens, each into a ring of its own: weights come from memory and want more stages than tokens, which the cache
-// has. Two warpgroups multiply 64 rows of weights each. Tiles are handed out by a counter, those of wide experts first.
+// has. Two warpgroups multiply 64 rows of weights each. Two programs share a cluster: they have the same tokens, of which each
+// fetches half for both, since all of them for each would be more than the cache delivers. Tiles of wide experts come first.
 //
 // Macros: HIDDEN, INTERMEDIATE, LOCAL experts, ELEMENT_IS_BFLOAT16. Shapes: R rows, H hidden, F intermediate, L local experts.
 
+#include "cluster.cuh"
 #include "wgmma.cuh"
 
 constexpr int ROWS = 128;      // of weights in a tile
@@ -18,8 +20,8 @@ constexpr int BOX_BYTES = BOX * COLUMNS * 2;
 constexpr int GROUP_OUT_BYTES = 8192;  // a warpgroup's results on their way to memory
 constexpr int RING_BYTES = 212992;     // of weights and tokens
 constexpr int MOST_WEIGHTS = 10;       // stages
-constexpr int CONSUMERS = 256;
-constexpr int TURNS = 2;
+constexpr int CONSUMERS = 8;           // warps
+constexpr int CLUSTER = 2;             // programs
 
 struct Experts {  // with rows here, those with the widest tiles first
   int expert[LOCAL], row[LOCAL], count[LOCAL], tiles[LOCAL], width[LOCAL], first[LOCAL + 1];
@@ -33,8 +35,6 @@ struct Ring {
 struct Shared {
   Ring<MOST_WEIGHTS> weights;
   Ring<4> tokens;
-  uint64_t given[TURNS], taken[TURNS];
-  int tile[TURNS];
   Experts experts;
 };
 
@@ -68,12 +68,20 @@ struct Tile {
   int expert, column, row, count, width, tiles;  // column: of tiles; row: the first one; count: rows that are the expert's
 };
 
+// A cluster's tile; each of its programs has a column of its own. Every other turn runs backwards: a cluster that had a wide
+// tile gets a narrow one.
+__forceinline__ int tile_index(int turn) {
+  int clusters = gridDim.x / CLUSTER, cluster = blockIdx.x / CLUSTER;
+  return turn * clusters + (turn % 2 ? clusters - 1 - cluster : cluster);
+}
+
 __forceinline__ Tile locate(const Experts& experts, int index) {
   int s = 0;
   while (s + 1 < LOCAL && experts.first[s + 1] <= index) s++;
   int inside = index - experts.first[s], tiles = experts.tiles[s], width = experts.width[s];
   int before = inside % tiles * width;
-  return {experts.expert[s], inside / tiles, experts.row[s] + before, min(width, experts.count[s] - before), width, tiles};
+  int column = inside / tiles * CLUSTER + cluster_rank();
+  return {experts.expert[s], column, experts.row[s] + before, min(width, experts.count[s] - before), width, tiles};
 }
 
 // Few tokens wait for memory, not for products: so their tiles are of fewer widths.
@@ -82,8 +90,8 @@ __forceinline__ int tile_width(int tokens) {
   return (tokens + step - 1) / step * step;
 }
 
-// One thread: which expert's tiles come where; `column_tiles` for each tile of rows.
-__forceinline__ void plan(Experts& experts, const int* totals, int column_tiles) {
+// One thread: which expert's tiles come where; `columns` of a cluster's for each tile of rows.
+__forceinline__ void plan(Experts& experts, const int* totals, int columns) {
   int row = 0;
   for (int e = 0; e < LOCAL; e++) {
     int count = totals[e], tiles = (count + WIDEST - 1) / WIDEST;
@@ -100,7 +108,7 @@ __forceinline__ void plan(Experts& experts, const int* totals, int column_tiles)
     row += count;
   }
   experts.first[0] = 0;
-  for (int s = 0; s < LOCAL; s++) experts.first[s + 1] = experts.first[s] + experts.tiles[s] * column_tiles;
+  for (int s = 0; s < LOCAL; s++) experts.first[s + 1] = experts.first[s] + experts.tiles[s] * columns;
 }
 
 __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
@@ -168,6 +176,13 @@ __forceinline__ void write(float (&d)[N / 2], int first, uint32_t out, uint16_t*
     write_down<N>(d, first, out, y, tile, group, thread);
 }
 
+// A stage of each ring: of tokens, what the other program fetches here as well.
+__forceinline__ void release(uint32_t weights, uint32_t tokens) {
+  arrive(weights);
+  arrive(tokens);
+  arrive_remote(remote_address(tokens, cluster_rank() ^ 1));
+}
+
 // A warpgroup's 64 rows of weights by the tile's tokens: N of them, and if the tile is wider than one instruction, `MORE`.
 template <bool UP, int STEPS, int N, int MORE>
 __forceinline__ void multiply(Rings& rings, uint32_t out, uint16_t* y, const Tile& tile, int group, int thread) {
@@ -189,7 +204,7 @@ __forceinline__ void multiply(Rings& rings, uint32_t out, uint16_t* y, const Til
     }
     wgmma_commit();
     wgmma_wait<1>();
-    if (step && thread % 32 == 0) arrive(weights_before), arrive(tokens_before);
+    if (step && thread % 32 == 0) release(weights_before, tokens_before);
     weights_before = rings.weights.empty_barrier(), tokens_before = rings.tokens.empty_barrier();
     rings.weights.next();
     rings.tokens.next();
@@ -197,23 +212,14 @@ __forceinline__ void multiply(Rings& rings, uint32_t out, uint16_t* y, const Til
   wgmma_wait<0>();
   hold(d);
   hold(more);
-  if (thread % 32 == 0) arrive(weights_before), arrive(tokens_before);
+  if (thread % 32 == 0) release(weights_before, tokens_before);
   write<UP, N>(d, 0, out, y, tile, group, thread);
   if constexpr (MORE > 0) write<UP, MORE>(more, N, out, y, tile, group, thread);
 }
 
-// The number of the tile of a turn, from the warp that fetches weights.
-__forceinline__ int next_tile(Shared& shared, int turn) {
-  int slot = turn % TURNS;
-  wait(shared_address(shared.given + slot), turn / TURNS & 1);
-  int index = *static_cast<volatile int*>(shared.tile + slot);
-  arrive(shared_address(shared.taken + slot));
-  return index;
-}
-
 template <bool UP, int STEPS>
 __forceinline__ void consume(Shared& shared, Rings rings, uint32_t out, uint16_t* y, int group, int thread, int count) {
-  for (int turn = 0, index; (index = next_tile(shared, turn)) < count; turn++) {
+  for (int turn = 0, index; (index = tile_index(turn)) < count; turn++) {
     Tile tile = locate(shared.experts, index);
 #define WIDTH(n, more) \
   case n + more: multiply<UP, STEPS, n, more>(rings, out, y, tile, group, thread); break;
@@ -227,16 +233,9 @@ __forceinline__ void consume(Shared& shared, Rings rings, uint32_t out, uint16_t
 }
 
 template <bool UP, int STEPS>
-__forceinline__ void fetch_weights(Shared& shared, Cursor ring, const TensorMap* weights, int* counter, int count) {
-  int index = atomicAdd(counter, 1);
-  for (int turn = 0;; turn++) {
-    int slot = turn % TURNS;
-    wait(shared_address(shared.taken + slot), (turn / TURNS & 1) ^ 1);
-    *static_cast<volatile int*>(shared.tile + slot) = index;
-    arrive(shared_address(shared.given + slot));
-    if (index >= count) break;
+__forceinline__ void fetch_weights(Shared& shared, Cursor ring, const TensorMap* weights, int count) {
+  for (int turn = 0, index; (index = tile_index(turn)) < count; turn++) {
     Tile tile = locate(shared.experts, index);
-    index = atomicAdd(counter, 1);
     uint64_t policy = tile.tiles > 1 ? EVICT_NORMAL : EVICT_FIRST;
     for (int step = 0; step < STEPS; step++, ring.next()) {
       wait(ring.empty_barrier(), ring.parity ^ 1);
@@ -252,22 +251,22 @@ __forceinline__ void fetch_weights(Shared& shared, Cursor ring, const TensorMap*
 
 template <int STEPS>
 __forceinline__ void fetch_tokens(Shared& shared, Cursor ring, const TensorMap* tokens, int count) {
-  for (int turn = 0, index; (index = next_tile(shared, turn)) < count; turn++) {
+  for (int turn = 0, index; (index = tile_index(turn)) < count; turn++) {
     Tile tile = locate(shared.experts, index);
     int boxes = (tile.width + BOX - 1) / BOX;
     for (int step = 0; step < STEPS; step++, ring.next()) {
       wait(ring.empty_barrier(), ring.parity ^ 1);
       arrive_expecting(ring.full_barrier(), boxes * BOX_BYTES);
-      for (int box = 0; box < boxes; box++)
-        load_box(ring.address() + box * BOX_BYTES, tokens, ring.full_barrier(), EVICT_LAST, step * COLUMNS,
-                 tile.row + box * BOX);
+      for (int box = cluster_rank(); box < boxes; box += CLUSTER)
+        load_box_for_all(ring.address() + box * BOX_BYTES, tokens, ring.full_barrier(), EVICT_LAST, (1 << CLUSTER) - 1,
+                         step * COLUMNS, tile.row + box * BOX);
     }
   }
 }
 
 // `totals` are there when the launch before this one starts: of the up product's, the one before is waited for.
 template <bool UP, int STEPS, int COLUMN_TILES>
-__forceinline__ void run(const TensorMap* weights, const TensorMap* tokens, const int* totals, int* counter, uint16_t* y) {
+__forceinline__ void run(const TensorMap* weights, const TensorMap* tokens, const int* totals, uint16_t* y) {
   extern __shared__ char memory[];
   uint32_t ring = (shared_address(memory) + 1023) & ~1023u, outs = ring + RING_BYTES;
   Shared& shared = *reinterpret_cast<Shared*>(memory + (outs + 2 * GROUP_OUT_BYTES - shared_address(memory)));
@@ -277,27 +276,25 @@ __forceinline__ void run(const TensorMap* weights, const TensorMap* tokens, cons
     prefetch(tokens);
     for (int i = 0; i < MOST_WEIGHTS; i++) {
       barrier_init(shared_address(shared.weights.full + i), 1);
-      barrier_init(shared_address(shared.weights.empty + i), CONSUMERS / 32);
+      barrier_init(shared_address(shared.weights.empty + i), CONSUMERS);
     }
     for (int i = 0; i < 4; i++) {
       barrier_init(shared_address(shared.tokens.full + i), 1);
-      barrier_init(shared_address(shared.tokens.empty + i), CONSUMERS / 32);
-    }
-    for (int i = 0; i < TURNS; i++) {
-      barrier_init(shared_address(shared.given + i), 1);
-      barrier_init(shared_address(shared.taken + i), CONSUMERS + 1);
+      barrier_init(shared_address(shared.tokens.empty + i), CLUSTER * CONSUMERS);
     }
     barrier_init_fence();
   }
   if constexpr (UP) wait_for_previous();
   let_next_start();
-  if (threadIdx.x == 0) plan(shared.experts, totals, COLUMN_TILES);
+  if (threadIdx.x == 0) plan(shared.experts, totals, (COLUMN_TILES + CLUSTER - 1) / CLUSTER);
+  cluster_announce();
   __syncthreads();
+  cluster_wait();
   int count = shared.experts.first[LOCAL];
   Rings rings = make_rings(shared, ring, shared.experts.width[0]);
   if (group == 0) {
     fewer_registers<40>();
-    if (thread == 0) fetch_weights<UP, STEPS>(shared, rings.weights, weights, counter, count);
+    if (thread == 0) fetch_weights<UP, STEPS>(shared, rings.weights, weights, count);
     if (thread == 32) {
       wait_for_previous();
       fetch_tokens<STEPS>(shared, rings.tokens, tokens, count);
@@ -307,25 +304,26 @@ __forceinline__ void run(const TensorMap* weights, const TensorMap* tokens, cons
     wait_for_previous();  // what it computed may stand where this launch's results go
     consume<UP, STEPS>(shared, rings, outs + (group - 1) * GROUP_OUT_BYTES, y, group - 1, thread, count);
   }
+  cluster_announce();
+  cluster_wait();  // the other program may still write here
 }
 
 #ifdef COMPILE_grouped_up
 // `sorted_x [R, H]`, `gate_up [L, 2F, H]` → `inner [R, F]`, silu(gate) * up. `totals [L]`: rows per expert, which lie one
-// expert's behind the other's; `counter` is 0 when it starts.
-extern "C" __global__ void __launch_bounds__(384, 1)
+// expert's behind the other's.
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1)
     grouped_up(const __grid_constant__ TensorMap gate_up, const __grid_constant__ TensorMap sorted_x, const int* totals,
-               int* counter, uint16_t* inner) {
-  run<true, (HIDDEN + COLUMNS - 1) / COLUMNS, (INTERMEDIATE + ROWS / 2 - 1) / (ROWS / 2)>(&gate_up, &sorted_x, totals, counter,
-                                                                                       inner);
+               uint16_t* inner) {
+  run<true, (HIDDEN + COLUMNS - 1) / COLUMNS, (INTERMEDIATE + ROWS / 2 - 1) / (ROWS / 2)>(&gate_up, &sorted_x, totals, inner);
 }
 
 #endif
 
 #ifdef COMPILE_grouped_down
 // `inner [R, F]`, `down [L, H, F]` → `results [R, H]`.
-extern "C" __global__ void __launch_bounds__(384, 1)
-    grouped_down(const __grid_constant__ TensorMap down, const __grid_constant__ TensorMap inner, const int* totals, int* counter,
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1)
+    grouped_down(const __grid_constant__ TensorMap down, const __grid_constant__ TensorMap inner, const int* totals,
                  uint16_t* results) {
-  run<false, (INTERMEDIATE + COLUMNS - 1) / COLUMNS, (HIDDEN + ROWS - 1) / ROWS>(&down, &inner, totals, counter, results);
+  run<false, (INTERMEDIATE + COLUMNS - 1) / COLUMNS, (HIDDEN + ROWS - 1) / ROWS>(&down, &inner, totals, results);
 }
 #endif

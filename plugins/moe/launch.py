@@ -155,8 +155,8 @@ class MoETactic:
         sorted_x = arena.take(2 * rows * sizes.hidden)
         inner = arena.take(2 * rows * sizes.intermediate)
         results = arena.take(2 * rows * sizes.hidden)
-        blocks, counters = -(-tokens // ROUTED_TOKENS), arena.take(8)
-        place_args = (Input(0), chosen, counts, places, totals, sorted_x, counters, tokens, blocks)
+        blocks = -(-tokens // ROUTED_TOKENS)
+        place_args = (Input(0), chosen, counts, places, totals, sorted_x, tokens, blocks)
         up_programs = min(many.up.programs * self.processors, row_tiles * -(-sizes.intermediate // many.up.outputs))
         column_tiles = -(-sizes.hidden // many.down.outputs)
         down_programs = min(many.down.programs * self.processors, 8 * row_tiles * column_tiles)
@@ -179,7 +179,6 @@ class MoETactic:
         hidden, intermediate, local = sizes.hidden, sizes.intermediate, sizes.local
         rows = tokens * min(sizes.top_k, local)
         places, totals = arena.take(4 * tokens * sizes.top_k), arena.take(4 * self._made.local_block)
-        counters = arena.take(8)
         sorted_x, inner, results = (arena.take(2 * rows * columns) for columns in (hidden, intermediate, hidden))
         blocks = -(-tokens // ROUTED_TOKENS)
         pairs = (local, intermediate // 8, 2, 8, hidden)  # 8 rows of gate and 8 of up
@@ -189,15 +188,15 @@ class MoETactic:
         down = TensorMap(Input(3), self.dtype, down_sizes, down_strides, (1, 128, 64))
         up_rows = TensorMap(sorted_x, self.dtype, (rows, hidden), (hidden,), (32, 64))
         down_rows = TensorMap(inner, self.dtype, (rows, intermediate), (intermediate,), (32, 64))
-        programs = (self.processors, 1, 1)
+        programs = (self.processors // 2 * 2, 1, 1)  # clusters of two
         return [
             _Step(
                 ("place", 1),
                 (blocks, -(-hidden // MOVED_COLUMNS), 1),
-                (Input(0), chosen, counts, places, totals, sorted_x, counters, tokens, blocks),
+                (Input(0), chosen, counts, places, totals, sorted_x, tokens, blocks),
             ),
-            _Step(("grouped_up",), programs, (gate_up, up_rows, totals, counters, inner)),
-            _Step(("grouped_down",), programs, (down, down_rows, totals, Workspace(counters.offset + 4), results)),
+            _Step(("grouped_up",), programs, (gate_up, up_rows, totals, inner)),
+            _Step(("grouped_down",), programs, (down, down_rows, totals, results)),
             _Step(
                 ("sorted_combine",),
                 (tokens, -(-hidden // COMBINED_COLUMNS), 1),

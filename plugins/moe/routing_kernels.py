@@ -119,13 +119,12 @@ def route(
 
 @triton.jit
 def place(
-    x, chosen, counts, rows, totals, sorted_x, counters, tokens, blocks,
+    x, chosen, counts, rows, totals, sorted_x, tokens, blocks,
     HIDDEN: tl.constexpr, TOP_K: tl.constexpr, L_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr, A_BLOCK: tl.constexpr,
     H_BLOCK: tl.constexpr, M: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """Sorts rows by expert: ``rows [T, K]`` is each routed row's place in ``sorted_x`` (-1: another rank's), ``totals [L_BLOCK]``
     the rows per expert. An expert's rows begin at a multiple of ``M``, in the order of tokens: the result is always the same.
-    ``counters [2]`` become 0, for those that count tiles.
 
     Program (i, j) moves columns ``j * H_BLOCK`` on of the tokens that program i of ``route`` has counted; ``blocks`` are route's
     programs, ``A_BLOCK`` the power of two that holds ``T_BLOCK * K``.
@@ -155,7 +154,6 @@ def place(
         tl.store(rows + block * T_BLOCK * TOP_K + assignment, row, mask=there)
         if block == 0:
             tl.store(totals + local, total)
-            tl.store(counters + tl.arange(0, 2), tl.zeros([2], tl.int32))
     column = tl.program_id(1) * H_BLOCK + tl.arange(0, H_BLOCK)
     moved = (row >= 0)[:, None] & (column < HIDDEN)[None, :]
     values = tl.load(x + token.to(tl.int64)[:, None] * HIDDEN + column[None, :], mask=moved)
