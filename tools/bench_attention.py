@@ -7,7 +7,7 @@ torch's rate right after each row, since a card that has been at work clocks low
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -136,18 +136,18 @@ def copies(case: Case) -> int:
     return max(2, min(40, -(-400_000_000 // size)))
 
 
-def measure(case: Case, dtype: torch.dtype, read: float) -> Row:
-    """One row, of kernels by themselves, with another cache in each run of a graph."""
+def measure(case: Case, dtype: torch.dtype, read: float) -> Iterator[Row]:
+    """A row per tactic, of kernels by themselves, with another cache in each run of a graph."""
     name = str(dtype).removeprefix("torch.")
-    tactic = tactics("Attention", case.attributes, case.dims, name, compute_capability())[0]
-    prepared = prepare(tactic, case.dims)
     sets = [random_inputs(case, dtype) for _ in range(copies(case))]
-    output = torch.full_like(sets[0][0], float("nan"))
+    output = torch.empty_like(sets[0][0])
     want = expected(case, sets[0])
-    runner(prepared, sets[0], output)()
-    error = relative_error(output, want)
-    time = microseconds([runner(prepared, inputs, output) for inputs in sets])
-    return row_of(case, dtype, tactic.name, time, error, read)
+    for tactic in tactics("Attention", case.attributes, case.dims, name, compute_capability()):
+        prepared = prepare(tactic, case.dims)
+        runner(prepared, sets[0], output.fill_(float("nan")))()
+        error = relative_error(output, want)
+        time = microseconds([runner(prepared, inputs, output) for inputs in sets])
+        yield row_of(case, dtype, tactic.name, time, error, read)
 
 
 def row_of(case: Case, dtype: torch.dtype, tactic: str, time: float, error: float, read: float) -> Row:
@@ -178,8 +178,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             flush=True,
         )
         for case in CASES:
-            rows.append(measure(case, dtype, read))
-            print(table_line(rows[-1]), flush=True)
+            for row in measure(case, dtype, read):
+                rows.append(row)
+                print(table_line(row), flush=True)
     write_rows(options.output, rows)
 
 

@@ -142,7 +142,8 @@ __forceinline__ uint32_t chunk_address(uint32_t tile, int row, int chunk, int ha
   return tile + chunk / 8 * half_bytes + row * 128 + ((chunk ^ row) & 7) * 16;
 }
 
-__forceinline__ void multiply_keys(float (&scores)[2][4], const uint32_t (&query)[STEPS][4], uint32_t keys, int half_bytes, int lane) {
+__forceinline__ void multiply_keys(float (&scores)[2][4], const uint32_t (&query)[STEPS][4], uint32_t keys, int half_bytes,
+                                   int lane) {
   float odd[2][4] = {};
 #pragma unroll
   for (int i = 0; i < 2; i++)
@@ -327,7 +328,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll
   for (int i = 0; i < PIECES; i++) {
     int item = thread + i * THREADS;
-    place_piece(shared, pieces[i], item / ROW_PIECES, item % ROW_PIECES * 4, writes ? key_cache + at : nullptr, value_cache + at);
+    uint16_t* new_key = writes ? key_cache + at : nullptr;
+    place_piece(shared, pieces[i], item / ROW_PIECES, item % ROW_PIECES * 4, new_key, value_cache + at);
   }
   __syncthreads();
 
