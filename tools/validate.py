@@ -20,6 +20,7 @@ from moecompiler.backends.base import EngineLimits
 from moecompiler.errors import UserError
 from moecompiler.runtime.communicator import Communicator
 from moecompiler.runtime.mpi import world
+from moecompiler.runtime.outputs import check_writable
 from moecompiler.runtime.threads import run_in_threads
 from moecompiler.tools import options as opt
 from moecompiler.tools.backend import open_backend
@@ -73,6 +74,8 @@ def validate(
     artifact.check()
     if tokens < 1:
         raise UserError(f"--tokens {tokens}: give 1 or more")
+    if output_json is not None:
+        check_writable(output_json, "--output_json")
     notes: list[str] = []
     against_hf = hf and _fits(Job.of(artifact), notes)
     text_ids = encode_text(artifact, text, tokenizer_dir, notes)
@@ -88,19 +91,12 @@ def validate(
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
         if output_json is not None:
-            _write(output_json, report)
+            write_json_atomic(output_json, report.to_json())
         if as_json:
             print(json.dumps(report.to_json(), indent=2))
         else:
             print_report(Console(), report)
     return 0 if report.passed else OUT_OF_TOLERANCE
-
-
-def _write(path: Path, report: Report) -> None:
-    try:
-        write_json_atomic(path, report.to_json())
-    except OSError as error:
-        raise UserError(f"--output_json {path}: cannot be written: {error.strerror}") from None
 
 
 def _under_launcher(request: Request, artifact: Artifact, communicator: Communicator) -> Report:
@@ -181,6 +177,8 @@ def print_report(console: Console, report: Report) -> None:
 def verdict(report: Report) -> str:
     """One line that says what is out of tolerance and where it enters."""
     failed = [part for part in report.parts if not part.passed]
+    if not report.parts:
+        return f"OUT OF TOLERANCE: {_beyond(report)}; this backend's engines are not run in parts"
     if not failed:
         return "OUT OF TOLERANCE: no part alone is; the error builds up over the layers"
     # the rank whose own share of the sum is wrong, not its peers that got the sum
@@ -188,6 +186,21 @@ def verdict(report: Report) -> str:
     return (
         f"OUT OF TOLERANCE: the error enters in {first.module} on rank {first.rank} (relative {first.own_relative:.2e})"
     )
+
+
+def _beyond(report: Report) -> str:
+    """What is out of tolerance where no parts were run: outputs, of which the first in the graph's order, or the logits."""
+    outputs = [each for each in report.outputs if not each.passed]
+    if not outputs:
+        return "no rank's outputs alone are; all ranks together are too far from Hugging Face's model"
+    first = min(outputs, key=lambda each: _layer(each.name))
+    return f"{len(outputs)} outputs, first {first.name} of rank {first.rank} (relative {first.relative:.2e})"
+
+
+def _layer(output: str) -> int:
+    """Of a cache's name; the others come last."""
+    part = output.split(".")[1:2]
+    return int(part[0]) if part and part[0].isdigit() else sys.maxsize
 
 
 def _grouped(outputs: Any) -> list[tuple[tuple[int, str], list[Any]]]:

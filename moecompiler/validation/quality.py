@@ -39,6 +39,7 @@ def load_hf(config: ModelConfig, identity: dict[str, Any], reader: Source) -> to
     """``MixtralForCausalLM`` in float32 on the CPU: loaded by transformers itself from a checkpoint, or filled with the dummy
     weights."""
     from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers.initialization import no_init_weights
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -65,7 +66,9 @@ def load_hf(config: ModelConfig, identity: dict[str, Any], reader: Source) -> to
         rope |= {"rope_type": "linear", "factor": config.rope_scaling_factor}
     hf_config = MixtralConfig(**{name: getattr(config, name) for name in names}, rope_parameters=rope)
     hf_config._attn_implementation = "eager"
-    model = MixtralForCausalLM(hf_config).float().eval()
+    with no_init_weights():  # drawing billions of numbers takes longer than all else
+        model = MixtralForCausalLM(hf_config).float().eval()
+    model.tie_weights()  # which is part of what is left out
     fill_hf(model, config, reader)
     return model
 

@@ -11,7 +11,7 @@ from moecompiler.backends.base import Backend
 from moecompiler.checkpoint import Source
 from moecompiler.reference import load_rank_module
 from moecompiler.runtime.communicator import Communicator
-from moecompiler.runtime.session import StageSession
+from moecompiler.runtime.session import StageSession, closing
 from moecompiler.validation.engine_run import engine_logits
 from moecompiler.validation.engines import open_engine
 from moecompiler.validation.localize import PartReport, localize
@@ -62,22 +62,23 @@ def validate_rank(
     engine = open_engine(artifact, backend, place.rank, threads)
     outputs: list[OutputReport] = []
     records: list[RankStep] = []
-    for scenario in scenarios:
-        steps = scenario.steps()[:_COMPARED_STEPS]
-        mine = run_reference(module, place, steps, communicator)
-        outputs += compare_rank(
-            place.rank,
-            scenario.name,
-            engine.runner,
-            engine.types,
-            lambda feeds: call_module(module, place, feeds),
-            mine,
-            tolerance,
+    with closing(engine.stage):
+        for scenario in scenarios:
+            steps = scenario.steps()[:_COMPARED_STEPS]
+            mine = run_reference(module, place, steps, communicator)
+            outputs += compare_rank(
+                place.rank,
+                scenario.name,
+                engine.runner,
+                engine.types,
+                lambda feeds: call_module(module, place, feeds),
+                mine,
+                tolerance,
+            )
+            records += mine[:1]
+        quality = (
+            _against_hf(artifact, place, reader, scenarios, tolerance, engine.stage, communicator) if against_hf else []
         )
-        records += mine[:1]
-    quality = (
-        _against_hf(artifact, place, reader, scenarios, tolerance, engine.stage, communicator) if against_hf else []
-    )
     mine_passed = all(each.passed for each in outputs) and all(each.passed for each in quality)
     parts: list[PartReport] = []
     if (every_part or not all(communicator.gather_objects(mine_passed))) and engine.has_parts:

@@ -21,9 +21,10 @@ def validate(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tupl
     return status, capsys.readouterr().out
 
 
-def test_sound_engines_pass(two_ranks: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out = validate(capsys, two_ranks, "--layers", "--json")
+def test_sound_engines_pass(two_ranks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out = validate(capsys, two_ranks, "--layers", "--json", "--output_json", tmp_path / "report.json")
     report = json.loads(out)
+    assert report == json.loads((tmp_path / "report.json").read_text())
     assert status == 0
     assert report["passed"]
     assert {each["rank"] for each in report["outputs"]} == {0, 1}
@@ -104,6 +105,7 @@ def test_a_changed_file_is_refused_before_anything_runs(
         (["--text", "nowhere.txt"], "nowhere.txt"),
         (["--tokens", "0"], "--tokens 0"),
         (["--tokenizer_dir", "nowhere"], "tokenizer"),
+        (["--output_json", "/dev/null/report.json"], "--output_json"),
     ],
 )
 def test_bad_input(one_rank: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
