@@ -71,7 +71,7 @@ def dequantize(tensor: QuantizedTensor, dtype: str | None = None) -> np.ndarray:
     values = values.reshape(tensor.shape)
     if tensor.order is not None:
         features = np.empty_like(values)
-        features[..., tensor.order] = values
+        np.put_along_axis(features, np.broadcast_to(tensor.order[..., None, :], values.shape), values, axis=-1)
         values = features
     if not scheme.two_level:
         values = values.astype(tensor.scales.dtype, copy=False)

@@ -28,37 +28,37 @@ class PublishedLinear:
     input_scale: float | None = None
 
 
-def linear_layers(model: ModelConfig) -> tuple[str, ...]:
-    """The names of all linear layers that may be quantized: attention's and the experts'."""
-    names = []
+def linear_stacks(model: ModelConfig) -> tuple[tuple[str, ...], ...]:
+    """The names of all linear layers that may be quantized, attention's and the experts'; together, what a rank holds as one
+    tensor and is to be stored alike: each of attention's, all experts' w1 and w3, and all their w2."""
+    stacks: list[tuple[str, ...]] = []
     for layer in range(model.num_hidden_layers):
-        prefix = f"model.layers.{layer}"
-        names += [f"{prefix}.self_attn.{part}_proj" for part in "qkvo"]
-        for expert in range(model.num_local_experts):
-            names += [f"{prefix}.block_sparse_moe.experts.{expert}.{w}" for w in ("w1", "w2", "w3")]
-    return tuple(names)
+        prefix, count = f"model.layers.{layer}", range(model.num_local_experts)
+        stacks += [(f"{prefix}.self_attn.{part}_proj",) for part in "qkvo"]
+        for parts in (("w1", "w3"), ("w2",)):
+            stacks.append(tuple(f"{prefix}.block_sparse_moe.experts.{e}.{w}" for e in count for w in parts))
+    return tuple(stacks)
 
 
 def quantized_layers(config: PublishedConfig, names: Collection[str], model: ModelConfig, where: str) -> frozenset[str]:
-    """Those of ``linear_layers`` that are quantized; the others have a plain ``weight``. ``names``: of all tensors there are.
+    """The linear layers that are quantized; the others have a plain ``weight``. ``names``: of all tensors there are.
 
     Raises: UserError that begins with ``where``: a tensor is missing, none is quantized, or a layer's experts are not all
     stored alike.
     """
-    found = frozenset(name for name in linear_layers(model) if _is_quantized(config, names, name, where))
+    found = set()
+    for stack in linear_stacks(model):
+        quantized = [name for name in stack if _is_quantized(config, names, name, where)]
+        if quantized and len(quantized) < len(stack):
+            plain = [name for name in stack if name not in quantized]
+            raise UserError(
+                f"{where}: mixed formats across experts: {_listed(plain)} not quantized, {quantized[0]} is;"
+                " a layer's experts must be stored alike"
+            )
+        found.update(quantized)
     if not found:
         raise UserError(f"{where}: says {config.method}, but none of the model's linear layers is quantized")
-    for layer in range(model.num_hidden_layers):
-        experts = f"model.layers.{layer}.block_sparse_moe.experts"
-        for parts in (("w1", "w3"), ("w2",)):  # what is stacked into one tensor
-            stacked = [f"{experts}.{e}.{w}" for e in range(model.num_local_experts) for w in parts]
-            plain = [name for name in stacked if name not in found]
-            if plain and len(plain) < len(stacked):
-                raise UserError(
-                    f"{where}: mixed formats across experts: {_listed(plain)} not quantized, others of {experts} are;"
-                    " a layer's experts must be stored alike"
-                )
-    return found
+    return frozenset(found)
 
 
 def check_parallel(config: PublishedConfig, mapping: RankMapping, where: str) -> None:

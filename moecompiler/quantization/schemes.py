@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moecompiler.errors import UserError
 from moecompiler.quantization.encodings import E2M1_MAX, E4M3, E4M3_MAX
-from moecompiler.weights import Shape
+
+if TYPE_CHECKING:
+    from moecompiler.weights import Shape  # which knows schemes
 
 NVFP4_BLOCK = 16
 
@@ -115,8 +118,8 @@ class QuantizedTensor:
 
     ``codes`` ``[..., out, in]``, of the format's dtype; ``scales`` of the scheme's ``scale_shape``, float16, bfloat16 or float32,
     for NVFP4 ``float8_e4m3fn``; ``zero_points`` uint8 as ``scales``, for asymmetric schemes alone; ``global_scale`` ``[...]``
-    float32, for NVFP4 alone. ``order`` ``[in]`` int64, for GPTQ's act-order: column j of ``codes`` is input feature
-    ``order[j]``, so that a block's features, wherever in the input they are, stand side by side.
+    float32, for NVFP4 alone. ``order`` ``[..., in]`` int64, for GPTQ's act-order: column j of ``codes`` is input
+    feature ``order[j]``, so that a block's features, wherever in the input they are, stand side by side.
     """
 
     scheme: WeightScheme
