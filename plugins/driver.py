@@ -111,11 +111,22 @@ def tensor_map(address: int, dtype: str, sizes: tuple[int, ...], strides: tuple[
     )
 
 
+@cache
+def multiprocessors(device: int) -> int:
+    """Of a device, by the driver's number."""
+    from cuda.bindings import driver
+
+    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+    return int(check(*driver.cuDeviceGetAttribute(attribute, driver.CUdevice(device))))
+
+
 def _launch(function: Function, launch: Launch, values: tuple[Any, ...], types: tuple[Any, ...], stream: int) -> None:
     from cuda.bindings import driver
 
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
+    if launch.persistent:
+        config.gridDimX = min(launch.grid[0], multiprocessors(int(check(*driver.cuCtxGetDevice()))))
     config.blockDimX, config.blockDimY, config.blockDimZ = 32 * function.cubin.num_warps, 1, 1
     config.sharedMemBytes = function.cubin.shared
     config.hStream = stream

@@ -128,7 +128,8 @@ class Launch:
 
     With ``overlapped`` it is launched with the attribute ``PROGRAMMATIC_STREAM_SERIALIZATION`` set to 1: it may start while the
     launch before it ends, and waits for it itself (``griddepcontrol.wait``). A plan's first launch is never overlapped.
-    ``cluster`` programs, adjacent along the grid's first axis, run at the same time and share their shared memory.
+    ``cluster`` programs, adjacent along the grid's first axis, run at the same time and share their shared memory. Of
+    ``persistent`` programs there are no more than the card has multiprocessors: they divide the work among themselves.
     """
 
     kernel: int
@@ -136,6 +137,7 @@ class Launch:
     args: tuple[Argument, ...]
     overlapped: bool = False
     cluster: int = 1
+    persistent: bool = False
 
 
 class Tactic(Protocol):

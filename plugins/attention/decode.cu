@@ -224,6 +224,14 @@ __forceinline__ int bytes_handed_over(int programs, int program) {
   return programs * WARPS * (GROUP * int(sizeof(Sum)) + own_blocks(programs, program) * 32);
 }
 
+// To a program's shared memory; a program that is alone needs no cluster.
+__forceinline__ void store(uint32_t address, uint32_t barrier, int programs, int program, float first, float second) {
+  if (programs == 1)
+    store_pair(address, first, second);
+  else
+    store_remote(remote_address(address, program), remote_address(barrier, program), first, second);
+}
+
 // A stream's part to the programs that merge it.
 __forceinline__ void hand_over(Shared& shared, Softmax& softmax, int programs, int stream, int lane) {
   int own = own_blocks(programs, 0), shift = __ffs(programs) - 1;
@@ -236,13 +244,11 @@ __forceinline__ void hand_over(Shared& shared, Softmax& softmax, int programs, i
     if (row >= GROUP) continue;
 #pragma unroll 1
     for (int program = lane % 4; program < programs; program += 4)
-      store_remote(remote_address(shared_address(&shared.sums[stream][row]), program), remote_address(barrier, program),
-                   softmax.highest[r], total);
+      store(shared_address(&shared.sums[stream][row]), barrier, programs, program, softmax.highest[r], total);
 #pragma unroll
     for (int j = 0; j < HEAD_DIM / 8; j++) {
       int block = row * (HEAD_DIM / 8) + j, program = block & (programs - 1);
-      store_remote(remote_address(mixed + (block >> shift) * 32, program), remote_address(barrier, program),
-                   softmax.mix[j][2 * r], softmax.mix[j][2 * r + 1]);
+      store(mixed + (block >> shift) * 32, barrier, programs, program, softmax.mix[j][2 * r], softmax.mix[j][2 * r + 1]);
     }
   }
 }
@@ -300,7 +306,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     barrier_init_fence();
     if (warp == 0) arrive_expecting(shared_address(&shared.handed_over), bytes_handed_over(programs, program));
   }
-  cluster_announce();
+  if (programs > 1) cluster_announce();
   __syncwarp();
   Stream filling = stream;
   if (early) {
@@ -362,8 +368,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     stream.arrived();
   }
 
-  cluster_wait();
+  if (programs > 1) cluster_wait();
   hand_over(shared, softmax, programs, index, lane);
-  wait(shared_address(&shared.handed_over), 0);  // and nobody reaches into this program's memory any more
+  if (programs == 1)
+    __syncthreads();
+  else
+    wait(shared_address(&shared.handed_over), 0);  // and nobody reaches into this program's memory any more
   merge(shared, output + (int64_t(sequence) * HEADS + head * GROUP) * HEAD_DIM, programs, program, thread);
 }

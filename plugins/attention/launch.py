@@ -192,7 +192,7 @@ class AttentionTactic:
         keys, values = self._cache_maps(batch, slots, self.prefill.slots)
         programs = min(self.processors, batch * self.heads * tiles)
         args = (_QUERY, _COS, _SIN, _POSITIONS, keys, values, _OUTPUT, batch, length, slots, scale)
-        return Launch(_PREFILL, (programs, 1, 1), args, self._overlapped)
+        return Launch(_PREFILL, (programs, 1, 1), args, self._overlapped, persistent=True)
 
     def _cache_maps(self, batch: int, slots: int, box: int) -> tuple[TensorMap, TensorMap]:
         """Keys and values, ``box`` slots and 64 columns at a time."""

@@ -21,24 +21,3 @@ __forceinline__ void store_remote(uint32_t address, uint32_t barrier, float firs
                "r"(barrier), "f"(first), "f"(second)
                : "memory");
 }
-
-__forceinline__ int cluster_rank() {
-  int rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-// At a barrier of another program, by its `remote_address`.
-__forceinline__ void arrive_remote(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// A box for every program in `programs` (a bit each): to the same address in each, and counted by the barrier at the same address.
-__forceinline__ void load_box_for_all(uint32_t to, const TensorMap* map, uint32_t barrier, uint64_t policy, uint16_t programs, int x,
-                             int y) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], "
-      "[%1, {%5, %6}], [%2], %3, %4;" ::"r"(to),
-      "l"(map), "r"(barrier), "h"(programs), "l"(policy), "r"(x), "r"(y)
-      : "memory");
-}

@@ -166,3 +166,6 @@ __forceinline__ void store_shared(uint32_t address, Chunk chunk) {
                "r"(chunk.words[2]), "r"(chunk.words[3])
                : "memory");
 }
+__forceinline__ void store_pair(uint32_t address, float first, float second) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(first), "f"(second) : "memory");
+}

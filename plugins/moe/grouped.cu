@@ -1,40 +1,34 @@
 // Experts on many tokens, for SM 9.0: persistent grouped matrix products over rows sorted by expert.
 //
 // The weights are the left operand and the tokens the right one, whose width may be any multiple of 16: an expert's rows are cut
-// into equal tiles of at most 320, and little is computed in vain whatever their number. One warp fetches weights by the copy
-// engine and one tokens, each into a ring of its own: weights come from memory and want more stages than tokens, which the cache
-// has. Two warpgroups multiply 64 rows of weights each. Two programs share a cluster: they have the same tokens, of which each
-// fetches half for both, since all of them for each would be more than the cache delivers. Tiles of wide experts come first.
+// into equal tiles of at most 288, and little is computed in vain whatever their number. One warp fetches weights by the copy
+// engine and one tokens, each into a ring of its own, so that neither waits for the other's stages. Two warpgroups multiply 64 rows of weights each. Tiles of wide experts come first.
 //
 // Macros: HIDDEN, INTERMEDIATE, LOCAL experts, ELEMENT_IS_BFLOAT16. Shapes: R rows, H hidden, F intermediate, L local experts.
 
-#include "cluster.cuh"
 #include "wgmma.cuh"
 
 constexpr int ROWS = 128;      // of weights in a tile
 constexpr int COLUMNS = 64;    // of a step
-constexpr int WIDEST = 320;    // tokens in a tile
+constexpr int WIDEST = 288;    // tokens in a tile
 constexpr int BOX = 32;        // tokens that are fetched at once
 constexpr int WEIGHT_BYTES = ROWS * COLUMNS * 2;
 constexpr int BOX_BYTES = BOX * COLUMNS * 2;
 constexpr int GROUP_OUT_BYTES = 8192;  // a warpgroup's results on their way to memory
 constexpr int RING_BYTES = 212992;     // of weights and tokens
-constexpr int MOST_WEIGHTS = 10;       // stages
-constexpr int CONSUMERS = 8;           // warps
-constexpr int CLUSTER = 2;             // programs
+constexpr int MOST_STAGES = 10;
+constexpr int CONSUMERS = 8;  // warps
 
 struct Experts {  // with rows here, those with the widest tiles first
   int expert[LOCAL], row[LOCAL], count[LOCAL], tiles[LOCAL], width[LOCAL], first[LOCAL + 1];
 };
 
-template <int MOST>
 struct Ring {
-  uint64_t full[MOST], empty[MOST];
+  uint64_t full[MOST_STAGES], empty[MOST_STAGES];
 };
 
 struct Shared {
-  Ring<MOST_WEIGHTS> weights;
-  Ring<4> tokens;
+  Ring weights, tokens;
   Experts experts;
 };
 
@@ -55,10 +49,11 @@ struct Rings {
   Cursor weights, tokens;
 };
 
-// As many stages of each as there is room for, if the widest tile has `width` tokens.
+// If the widest tile has `width` tokens: as many stages of them as leave room for as many of weights. A stage of tokens is on its
+// way for longer than a step takes, though the cache has it.
 __forceinline__ Rings make_rings(Shared& shared, uint32_t memory, int width) {
-  int bytes = (width + BOX - 1) / BOX * BOX_BYTES, tokens = width <= 160 ? 4 : 3;
-  int weights = min(MOST_WEIGHTS, (RING_BYTES - tokens * bytes) / WEIGHT_BYTES);
+  int bytes = (width + BOX - 1) / BOX * BOX_BYTES, tokens = min(MOST_STAGES, RING_BYTES / (bytes + WEIGHT_BYTES));
+  int weights = min(MOST_STAGES, (RING_BYTES - tokens * bytes) / WEIGHT_BYTES);
   return {{shared_address(shared.weights.full), shared_address(shared.weights.empty), memory, WEIGHT_BYTES, weights, 0, 0},
           {shared_address(shared.tokens.full), shared_address(shared.tokens.empty), memory + weights * WEIGHT_BYTES,
            uint32_t(bytes), tokens, 0, 0}};
@@ -68,11 +63,9 @@ struct Tile {
   int expert, column, row, count, width, tiles;  // column: of tiles; row: the first one; count: rows that are the expert's
 };
 
-// A cluster's tile; each of its programs has a column of its own. Every other turn runs backwards: a cluster that had a wide
-// tile gets a narrow one.
+// A program's tile of a turn. Every other turn runs backwards: who had a wide tile gets a narrow one.
 __forceinline__ int tile_index(int turn) {
-  int clusters = gridDim.x / CLUSTER, cluster = blockIdx.x / CLUSTER;
-  return turn * clusters + (turn % 2 ? clusters - 1 - cluster : cluster);
+  return turn * gridDim.x + (turn % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
 }
 
 __forceinline__ Tile locate(const Experts& experts, int index) {
@@ -80,8 +73,7 @@ __forceinline__ Tile locate(const Experts& experts, int index) {
   while (s + 1 < LOCAL && experts.first[s + 1] <= index) s++;
   int inside = index - experts.first[s], tiles = experts.tiles[s], width = experts.width[s];
   int before = inside % tiles * width;
-  int column = inside / tiles * CLUSTER + cluster_rank();
-  return {experts.expert[s], column, experts.row[s] + before, min(width, experts.count[s] - before), width, tiles};
+  return {experts.expert[s], inside / tiles, experts.row[s] + before, min(width, experts.count[s] - before), width, tiles};
 }
 
 // Few tokens wait for memory, not for products: so their tiles are of fewer widths.
@@ -90,8 +82,8 @@ __forceinline__ int tile_width(int tokens) {
   return (tokens + step - 1) / step * step;
 }
 
-// One thread: which expert's tiles come where; `columns` of a cluster's for each tile of rows.
-__forceinline__ void plan(Experts& experts, const int* totals, int columns) {
+// One thread: which expert's tiles come where; `column_tiles` for each tile of rows.
+__forceinline__ void plan(Experts& experts, const int* totals, int column_tiles) {
   int row = 0;
   for (int e = 0; e < LOCAL; e++) {
     int count = totals[e], tiles = (count + WIDEST - 1) / WIDEST;
@@ -108,7 +100,7 @@ __forceinline__ void plan(Experts& experts, const int* totals, int columns) {
     row += count;
   }
   experts.first[0] = 0;
-  for (int s = 0; s < LOCAL; s++) experts.first[s + 1] = experts.first[s] + experts.tiles[s] * columns;
+  for (int s = 0; s < LOCAL; s++) experts.first[s + 1] = experts.first[s] + experts.tiles[s] * column_tiles;
 }
 
 __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
@@ -176,13 +168,6 @@ __forceinline__ void write(float (&d)[N / 2], int first, uint32_t out, uint16_t*
     write_down<N>(d, first, out, y, tile, group, thread);
 }
 
-// A stage of each ring: of tokens, what the other program fetches here as well.
-__forceinline__ void release(uint32_t weights, uint32_t tokens) {
-  arrive(weights);
-  arrive(tokens);
-  arrive_remote(remote_address(tokens, cluster_rank() ^ 1));
-}
-
 // A warpgroup's 64 rows of weights by the tile's tokens: N of them, and if the tile is wider than one instruction, `MORE`.
 template <bool UP, int STEPS, int N, int MORE>
 __forceinline__ void multiply(Rings& rings, uint32_t out, uint16_t* y, const Tile& tile, int group, int thread) {
@@ -204,7 +189,7 @@ __forceinline__ void multiply(Rings& rings, uint32_t out, uint16_t* y, const Til
     }
     wgmma_commit();
     wgmma_wait<1>();
-    if (step && thread % 32 == 0) release(weights_before, tokens_before);
+    if (step && thread % 32 == 0) arrive(weights_before), arrive(tokens_before);
     weights_before = rings.weights.empty_barrier(), tokens_before = rings.tokens.empty_barrier();
     rings.weights.next();
     rings.tokens.next();
@@ -212,7 +197,7 @@ __forceinline__ void multiply(Rings& rings, uint32_t out, uint16_t* y, const Til
   wgmma_wait<0>();
   hold(d);
   hold(more);
-  if (thread % 32 == 0) release(weights_before, tokens_before);
+  if (thread % 32 == 0) arrive(weights_before), arrive(tokens_before);
   write<UP, N>(d, 0, out, y, tile, group, thread);
   if constexpr (MORE > 0) write<UP, MORE>(more, N, out, y, tile, group, thread);
 }
@@ -226,7 +211,7 @@ __forceinline__ void consume(Shared& shared, Rings rings, uint32_t out, uint16_t
     switch (tile.width) {
       WIDTH(16, 0) WIDTH(32, 0) WIDTH(64, 0) WIDTH(96, 0) WIDTH(128, 0)
       WIDTH(144, 0) WIDTH(160, 0) WIDTH(176, 0) WIDTH(192, 0) WIDTH(208, 0) WIDTH(224, 0) WIDTH(240, 0) WIDTH(256, 0)
-      WIDTH(144, 128) WIDTH(144, 144) WIDTH(160, 144) WIDTH(160, 160)
+      WIDTH(144, 128) WIDTH(144, 144)
     }
 #undef WIDTH
   }
@@ -257,9 +242,9 @@ __forceinline__ void fetch_tokens(Shared& shared, Cursor ring, const TensorMap* 
     for (int step = 0; step < STEPS; step++, ring.next()) {
       wait(ring.empty_barrier(), ring.parity ^ 1);
       arrive_expecting(ring.full_barrier(), boxes * BOX_BYTES);
-      for (int box = cluster_rank(); box < boxes; box += CLUSTER)
-        load_box_for_all(ring.address() + box * BOX_BYTES, tokens, ring.full_barrier(), EVICT_LAST, (1 << CLUSTER) - 1,
-                         step * COLUMNS, tile.row + box * BOX);
+      for (int box = 0; box < boxes; box++)
+        load_box(ring.address() + box * BOX_BYTES, tokens, ring.full_barrier(), EVICT_LAST, step * COLUMNS,
+                 tile.row + box * BOX);
     }
   }
 }
@@ -274,22 +259,17 @@ __forceinline__ void run(const TensorMap* weights, const TensorMap* tokens, cons
   if (threadIdx.x == 0) {
     prefetch(weights);
     prefetch(tokens);
-    for (int i = 0; i < MOST_WEIGHTS; i++) {
-      barrier_init(shared_address(shared.weights.full + i), 1);
-      barrier_init(shared_address(shared.weights.empty + i), CONSUMERS);
-    }
-    for (int i = 0; i < 4; i++) {
-      barrier_init(shared_address(shared.tokens.full + i), 1);
-      barrier_init(shared_address(shared.tokens.empty + i), CLUSTER * CONSUMERS);
-    }
+    for (int i = 0; i < MOST_STAGES; i++)
+      for (Ring* ring : {&shared.weights, &shared.tokens}) {
+        barrier_init(shared_address(ring->full + i), 1);
+        barrier_init(shared_address(ring->empty + i), CONSUMERS);
+      }
     barrier_init_fence();
   }
   if constexpr (UP) wait_for_previous();
   let_next_start();
-  if (threadIdx.x == 0) plan(shared.experts, totals, (COLUMN_TILES + CLUSTER - 1) / CLUSTER);
-  cluster_announce();
+  if (threadIdx.x == 0) plan(shared.experts, totals, COLUMN_TILES);
   __syncthreads();
-  cluster_wait();
   int count = shared.experts.first[LOCAL];
   Rings rings = make_rings(shared, ring, shared.experts.width[0]);
   if (group == 0) {
@@ -304,24 +284,21 @@ __forceinline__ void run(const TensorMap* weights, const TensorMap* tokens, cons
     wait_for_previous();  // what it computed may stand where this launch's results go
     consume<UP, STEPS>(shared, rings, outs + (group - 1) * GROUP_OUT_BYTES, y, group - 1, thread, count);
   }
-  cluster_announce();
-  cluster_wait();  // the other program may still write here
 }
 
 #ifdef COMPILE_grouped_up
 // `sorted_x [R, H]`, `gate_up [L, 2F, H]` → `inner [R, F]`, silu(gate) * up. `totals [L]`: rows per expert, which lie one
 // expert's behind the other's.
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(384, 1)
     grouped_up(const __grid_constant__ TensorMap gate_up, const __grid_constant__ TensorMap sorted_x, const int* totals,
                uint16_t* inner) {
   run<true, (HIDDEN + COLUMNS - 1) / COLUMNS, (INTERMEDIATE + ROWS / 2 - 1) / (ROWS / 2)>(&gate_up, &sorted_x, totals, inner);
 }
-
 #endif
 
 #ifdef COMPILE_grouped_down
 // `inner [R, F]`, `down [L, H, F]` → `results [R, H]`.
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(384, 1)
     grouped_down(const __grid_constant__ TensorMap down, const __grid_constant__ TensorMap inner, const int* totals,
                  uint16_t* results) {
   run<false, (INTERMEDIATE + COLUMNS - 1) / COLUMNS, (HIDDEN + ROWS - 1) / ROWS>(&down, &inner, totals, results);

@@ -32,6 +32,7 @@ class _Step:
     kernel: Key
     grid: tuple[int, int, int]
     args: tuple[Any, ...]
+    persistent: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,13 @@ class MoETactic:
         steps, _ = self._plan(self._way(tokens), tokens)
         order = {kernel: i for i, kernel in enumerate(self.kernels)}
         return tuple(
-            Launch(order[self._table[step.kernel]], step.grid, step.args, self._made.overlapped and i > 0)
+            Launch(
+                order[self._table[step.kernel]],
+                step.grid,
+                step.args,
+                self._made.overlapped and i > 0,
+                persistent=step.persistent,
+            )
             for i, step in enumerate(steps)
         )
 
@@ -188,15 +195,15 @@ class MoETactic:
         down = TensorMap(Input(3), self.dtype, down_sizes, down_strides, (1, 128, 64))
         up_rows = TensorMap(sorted_x, self.dtype, (rows, hidden), (hidden,), (32, 64))
         down_rows = TensorMap(inner, self.dtype, (rows, intermediate), (intermediate,), (32, 64))
-        programs = (self.processors // 2 * 2, 1, 1)  # clusters of two
+        programs = (self.processors, 1, 1)
         return [
             _Step(
                 ("place", 1),
                 (blocks, -(-hidden // MOVED_COLUMNS), 1),
                 (Input(0), chosen, counts, places, totals, sorted_x, tokens, blocks),
             ),
-            _Step(("grouped_up",), programs, (gate_up, up_rows, totals, inner)),
-            _Step(("grouped_down",), programs, (down, down_rows, totals, results)),
+            _Step(("grouped_up",), programs, (gate_up, up_rows, totals, inner), True),
+            _Step(("grouped_down",), programs, (down, down_rows, totals, results), True),
             _Step(
                 ("sorted_combine",),
                 (tokens, -(-hidden // COMBINED_COLUMNS), 1),

@@ -94,9 +94,15 @@ _EXPERTS = """
 """
 
 
-def moe_spec(mode: NormalizationMode, top_k: int) -> OpSpec:
-    """The op for a way of routing. ``top_k`` is an attribute too; only SPARSE_MIXER's body depends on it."""
+def moe_body(mode: NormalizationMode, top_k: int) -> str:
+    """The body for a way of routing: ``x``, ``router``, ``gate_up``, ``down`` and ``expert_ids`` → ``y``. ``top_k`` is an
+    attribute too; only SPARSE_MIXER's body depends on it."""
     route = _sparse_mixer(top_k) if mode is NormalizationMode.SPARSE_MIXER else _ROUTE[mode]
+    return _LOGITS + route + _EXPERTS
+
+
+def moe_spec(mode: NormalizationMode, top_k: int) -> OpSpec:
+    """The op for a way of routing."""
     return OpSpec(
         name="MoE",
         inputs=(
@@ -108,6 +114,6 @@ def moe_spec(mode: NormalizationMode, top_k: int) -> OpSpec:
         ),
         outputs=(Value("y", ("tokens", "hidden")),),
         attributes={"top_k": int, "normalization_mode": int},
-        body=_LOGITS + route + _EXPERTS,
+        body=moe_body(mode, top_k),
         weights=("gate_up", "down"),
     )

@@ -11,7 +11,7 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
 from cuda.bindings import driver as cuda
 
-from moecompiler.plugins.driver import Function, load, run, tensor_map
+from moecompiler.plugins.driver import Function, load, multiprocessors, run, tensor_map
 from moecompiler.plugins.launch import (
     AnyKernel,
     Cubin,
@@ -98,6 +98,19 @@ def test_clusters_and_overlap_are_attributes(calls: dict[str, list[tuple[Any, ..
     assert (size.x, size.y, size.z) == (4, 1, 1)
     assert set(found) == ({ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION} if overlapped else set())
     assert (first.numAttrs, second.numAttrs) == (1 + overlapped, 0)
+
+
+def test_persistent_programs_are_as_many_as_the_card_runs(
+    calls: dict[str, list[tuple[Any, ...]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "cuCtxGetDevice", lambda: (cuda.CUresult.CUDA_SUCCESS, cuda.CUdevice(0)))
+    monkeypatch.setattr(cuda, "cuDeviceGetAttribute", lambda *args: (cuda.CUresult.CUDA_SUCCESS, 78))
+    multiprocessors.cache_clear()
+    for programs in (132, 20):
+        launch = Launch(0, (programs, 1, 1), (1, 5, 0.5), persistent=True)
+        run([loaded(TRITON)], [launch], [], [], workspace=0, scratch=0, stream=0)
+    multiprocessors.cache_clear()
+    assert [config.gridDimX for config, *_ in calls["cuLaunchKernelEx"]] == [78, 20]
 
 
 def test_a_refusal_of_the_driver_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
