@@ -8,8 +8,8 @@ one rank alone would. Quantizing the share itself gives the same codes and scale
 - by experts, always;
 
 and other ones where more than the share has a say in a scale: along ``in`` per channel, along either axis per tensor and for
-NVFP4, whose global scale is per tensor. There the share's own scales would depend on the number of ranks; for integers they would be a little
-finer, for floating-point codes, whose precision is relative, no better.
+NVFP4, whose global scale is per tensor. There the share's own scales would depend on the number of ranks: a little finer for
+integers, no better for floating-point codes, whose precision is relative.
 """
 
 from __future__ import annotations
