@@ -71,6 +71,7 @@ def measure_layer(layer: Layer, dtype: str, plugins: str, tokens: Sequence[int],
     sizes = sizes_of(layer)
     program = one_node(SPEC, ATTRIBUTES, sizes, dtype)
     profiles = [profile(SPEC, sizes, ({"tokens": count},) * 3) for count in tokens]
+    torch.cuda.empty_cache()  # TensorRT wants memory of its own
     with tempfile.TemporaryDirectory() as folder:
         engine = TorchEngine(build(program, profiles, plugins, dtype, Path(folder)))
     weights, rows = Weights(layer, getattr(torch, dtype)), []

@@ -15,7 +15,8 @@ from moecompiler.tools.one_node import Engine
 
 
 class TorchEngine:
-    """Runs on torch's current device and stream; a context is made for each optimization profile that is used.
+    """Runs on torch's current device and stream; a context is made for each optimization profile that is used. They share one
+    scratch memory: runs follow each other.
 
     Raises: RuntimeError where TensorRT refuses.
     """
@@ -31,6 +32,7 @@ class TorchEngine:
         names = [plan.get_tensor_name(index) for index in range(plan.num_io_tensors)]
         self.inputs = [name for name in names if plan.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         self._shapes: dict[tuple[int, str], tuple[int, ...]] = {}
+        self._scratch = torch.empty(max(1, plan.device_memory_size_v2), dtype=torch.uint8, device="cuda")
 
     def run(self, profile: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Enqueues a run; ``tensors`` are all inputs and outputs, by the graph's names. They have to live until it has ended, and
@@ -47,8 +49,10 @@ class TorchEngine:
 
     def _context(self, profile: int) -> Any:
         if profile not in self._tensorrt:
-            context = self._tensorrt["engine"].create_execution_context()
+            kind = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+            context = self._tensorrt["engine"].create_execution_context(kind)
             self._check(context is not None)
+            context.set_device_memory(self._scratch.data_ptr(), self._scratch.nbytes)
             self._check(context.set_optimization_profile_async(profile, torch.cuda.current_stream().cuda_stream))
             torch.cuda.synchronize()
             self._tensorrt[profile] = context

@@ -1,6 +1,6 @@
 """Alternates batches and lengths on an engine for long: memory has to stay flat, and a fixed prompt's tokens the same.
 
-    python -m moecompiler.tools.gpu_soak ROWS.json ENGINE_DIR [--turns 2000] [--warmup 240]
+    python -m moecompiler.tools.gpu_soak ROWS.json ENGINE_DIR [--turns 2000] [--warmup 520]
 
 A turn is a prefill and some decode steps of one batch. Batches and lengths have a period below the warm-up's, so that after it
 nothing is new. The free memory is the whole GPU's: let nothing else run on it.
@@ -29,6 +29,7 @@ from moecompiler.tools.run import load_rank
 
 STEPS, FIXED_STEPS = 4, 16
 FIXED_EVERY = 40  # turns
+WARMUP = 520  # turns: 8 batches of 63 lengths are 504 shapes
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,9 @@ class Result:
 
 
 def shape(turn: int, session: StageSession) -> tuple[int, int]:
-    """Sequences and tokens of each: of ``turn`` and of all that are a multiple of both sizes later."""
+    """Sequences and tokens of each. An odd number of lengths meets all batches, which are mostly a power of two."""
     longest = min(session.max_input_len, session.max_seq_len - max(STEPS, FIXED_STEPS))
+    longest -= longest % 2 == 0
     return turn % session.max_batch_size + 1, 7 * turn % longest + 1
 
 
@@ -84,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("output", type=Path, help="JSON of the result")
     parser.add_argument("engine_dir", type=Path)
     parser.add_argument("--turns", type=int, default=2000)
-    parser.add_argument("--warmup", type=int, default=480, help="turns before memory is looked at (%(default)s)")
+    parser.add_argument("--warmup", type=int, default=WARMUP, help="turns before memory is looked at (%(default)s)")
     options = parser.parse_args(arguments)
     if not 0 <= options.warmup < options.turns:
         parser.error("--turns has to be more than --warmup")

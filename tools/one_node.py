@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from moecompiler.backends.tensorrt_program import prepare
 from moecompiler.graph import Program
 from moecompiler.plugin_switches import parse_plugins
 from moecompiler.plugins.library import TensorRTPlugins
-from moecompiler.runtime.device import Buffer, Device, Stream, Timer, at_the_end
+from moecompiler.runtime.device import Buffer, Device, Stream, at_the_end
 
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 _LIMITS = EngineLimits(1, 1, 2, 1)  # profiles are given outright
@@ -45,7 +44,7 @@ def build(program: Program, profiles: Sequence[Shapes], plugins: str, dtype: str
 
 
 class Runner:
-    """Runs an engine on given inputs; ``time`` in a CUDA graph."""
+    """Runs an engine on given inputs."""
 
     def __init__(self, plan: Any, aliases: Mapping[str, str], profile: int = 0):
         self.device, self.stream, self.log, self.aliases = Device(), Stream(), process_log(), aliases
@@ -94,17 +93,6 @@ class Runner:
             self.stream.download(array, self.buffers[name].pointer)
         self.stream.synchronize()
         return outputs
-
-    def time(self, runs: int = 50, inner: int = 20) -> float:
-        """Seconds of one run with the inputs of the last call, the median over ``runs`` of ``inner`` launches of its graph."""
-        graph, timer = self.stream.capture(self._enqueue), Timer()
-        seconds = []
-        for _ in range(runs):
-            with timer.around(self.stream):
-                for _ in range(inner):
-                    graph.launch(self.stream)
-            seconds.append(timer.seconds() / inner)
-        return median(seconds)
 
     def _enqueue(self) -> None:
         assert self.context.execute_async_v3(self.stream.handle), self.log.errors

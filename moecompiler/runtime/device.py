@@ -6,8 +6,7 @@ The driver is asked directly, without torch: a rank that runs an engine starts w
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -197,24 +196,3 @@ class Event:
 
     def wait(self) -> None:
         checked(driver().cuEventSynchronize(self._event))
-
-
-class Timer:
-    """Seconds of the GPU's own clock between two points of a stream."""
-
-    def __init__(self) -> None:
-        cuda = driver()
-        self._events = [checked(cuda.cuEventCreate(0)) for _ in range(2)]
-
-    @contextmanager
-    def around(self, stream: Stream) -> Iterator[None]:
-        cuda = driver()
-        checked(cuda.cuEventRecord(self._events[0], stream.handle))
-        yield
-        checked(cuda.cuEventRecord(self._events[1], stream.handle))
-
-    def seconds(self) -> float:
-        """Waits for the second point."""
-        cuda = driver()
-        checked(cuda.cuEventSynchronize(self._events[1]))
-        return float(checked(cuda.cuEventElapsedTime(*self._events))) / 1e3
