@@ -50,7 +50,7 @@ def encode(weight: np.ndarray, scheme: WeightScheme, scales: Scales, threads: in
         raise ValueError(f"scales {scales.scales.shape} for a weight that takes {scheme.scale_shape(weight.shape)}")
 
     def check(m: int, rows: slice) -> None:
-        if not np.isfinite(largest_magnitude(as_matrices(weight, weight.ndim - 2)[m, rows])):
+        if not np.isfinite(largest_magnitude(as_matrices(weight, weight.ndim - 2)[m, rows])).all():
             raise ValueError("the weight holds NaN or infinity")
 
     each_chunk(check, weight.shape, threads)
@@ -128,7 +128,7 @@ def _by_division(
         np.divide(quotients, divisors, out=quotients)
         if zero_points is not None:
             np.rint(quotients, out=quotients)  # before the zero point is added, as ONNX has it
-            quotients += of_chunk(zero_points, m, rows)
+            quotients += of_chunk(zero_points, m, rows).astype(np.float32)
         return _encode(quotients, scheme.format).reshape(chunk.shape)
 
     return encode_chunk

@@ -20,6 +20,7 @@ from moecompiler.quantization.encodings import (
     E4M3_TINY,
     encode_e4m3,
     encode_integer,
+    extreme,
     largest_magnitude,
     widen,
 )
@@ -79,10 +80,13 @@ def positive(scales: np.ndarray, dtype: str) -> np.ndarray:
 
 def _maxima(groups: np.ndarray) -> np.ndarray:
     """The largest magnitudes along the last axis, float32. Raises: ValueError for NaN or infinity."""
-    found = largest_magnitude(groups, axis=-1)
-    if not np.isfinite(found).all():
+    return _finite(largest_magnitude(groups))
+
+
+def _finite(extremes: np.ndarray) -> np.ndarray:
+    if not np.isfinite(extremes).all():
         raise ValueError("the weight holds NaN or infinity")
-    return found
+    return extremes
 
 
 def _matrix_maxima(weight: np.ndarray, threads: int) -> np.ndarray:
@@ -98,9 +102,8 @@ def _matrix_maxima(weight: np.ndarray, threads: int) -> np.ndarray:
 
 def _asymmetric(groups: np.ndarray, scheme: WeightScheme, scale_dtype: str) -> tuple[np.ndarray, np.ndarray]:
     """Scales and zero points along the last axis. Zero is a code, so that what was exactly zero stays so."""
-    _maxima(groups)
     wide = widen(groups)
-    low, high = wide.min(axis=-1, initial=0), wide.max(axis=-1, initial=0)
+    low, high = _finite(extreme(np.minimum, wide)), _finite(extreme(np.maximum, wide))
     scales = positive((high - low) / np.float32(scheme.format.largest), scale_dtype)
     return scales, encode_integer(-low / widen(scales), np.uint8, *scheme.format.range)
 

@@ -1,0 +1,33 @@
+"""Schemes and recipes as manifests and weight recipes hold them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from moecompiler.quantization.recipe import QuantizationRecipe, Rule
+from moecompiler.quantization.schemes import Format, Granularity, WeightScheme
+
+
+def scheme_to_json(scheme: WeightScheme) -> dict[str, Any]:
+    return asdict(scheme)
+
+
+def scheme_from_json(data: dict[str, Any]) -> WeightScheme:
+    """Raises: KeyError, ValueError where the data is not what ``scheme_to_json`` gives."""
+    return WeightScheme(Format(data["format"]), Granularity(data["granularity"]), data["block_size"])
+
+
+def recipe_to_json(recipe: QuantizationRecipe) -> list[dict[str, Any]]:
+    return [
+        {"match": rule.match, "scheme": None if rule.scheme is None else scheme_to_json(rule.scheme)}
+        for rule in recipe.rules
+    ]
+
+
+def recipe_from_json(data: list[dict[str, Any]]) -> QuantizationRecipe:
+    """Raises: KeyError, ValueError where the data is not what ``recipe_to_json`` gives."""
+    rules = ((each["match"], each["scheme"]) for each in data)
+    return QuantizationRecipe(
+        tuple(Rule(match, None if scheme is None else scheme_from_json(scheme)) for match, scheme in rules)
+    )
