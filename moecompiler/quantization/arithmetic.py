@@ -35,7 +35,7 @@ _TABLE = 1 << 16  # different numbers of 16 bits
 def quantize(weight: np.ndarray, scheme: WeightScheme, scale_dtype: str, threads: int = 1) -> QuantizedTensor:
     """``weight`` ``[..., out, in]``, float16, bfloat16 or float32, in codes; scales in ``scale_dtype`` (NVFP4: in its own).
 
-    Raises: ValueError for NaN or infinity; UserError where blocks do not divide the input features.
+    Raises: as ``find_scales``.
     """
     return _encode_weight(weight, scheme, find_scales(weight, scheme, scale_dtype, threads), threads)
 
@@ -48,9 +48,10 @@ def encode(weight: np.ndarray, scheme: WeightScheme, scales: Scales, threads: in
     """
     if scales.scales.shape != scheme.scale_shape(weight.shape):
         raise ValueError(f"scales {scales.scales.shape} for a weight that takes {scheme.scale_shape(weight.shape)}")
+    matrices = as_matrices(weight, weight.ndim - 2)
 
     def check(m: int, rows: slice) -> None:
-        if not np.isfinite(largest_magnitude(as_matrices(weight, weight.ndim - 2)[m, rows])).all():
+        if not np.isfinite(largest_magnitude(matrices[m, rows])).all():
             raise ValueError("the weight holds NaN or infinity")
 
     each_chunk(check, weight.shape, threads)
@@ -80,7 +81,6 @@ def dequantize(tensor: QuantizedTensor, dtype: str | None = None) -> np.ndarray:
 
 def _encode_weight(weight: np.ndarray, scheme: WeightScheme, scales: Scales, threads: int) -> QuantizedTensor:
     """As ``encode``, of a weight known to be finite."""
-    lead = weight.ndim - 2
     codes = np.empty(weight.shape, scheme.format.dtype)
     multipliers = _multipliers(scheme, scales)
     if scheme.granularity is Granularity.TENSOR and weight.dtype.itemsize == 2 and weight.size >= _TABLE:
@@ -88,8 +88,11 @@ def _encode_weight(weight: np.ndarray, scheme: WeightScheme, scales: Scales, thr
     else:
         encode_chunk = _by_division(scheme, multipliers, scales.zero_points, weight.shape)
 
+    into, matrices = as_matrices(codes, weight.ndim - 2), as_matrices(weight, weight.ndim - 2)
+
     def work(m: int, rows: slice) -> None:
-        as_matrices(codes, lead)[m, rows] = encode_chunk(as_matrices(weight, lead)[m, rows], m, rows)
+        with np.errstate(over="ignore"):  # which saturates, too
+            into[m, rows] = encode_chunk(matrices[m, rows], m, rows)
 
     each_chunk(work, weight.shape, threads)
     return QuantizedTensor(scheme, codes, scales.scales, scales.zero_points, scales.global_scale)

@@ -16,7 +16,6 @@ E2M1_MAX = 6.0
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
-
 _E4M3_NAN = 0x7F
 _E4M3_LARGEST = 0x7E
 _SHORT = 64  # elements along an axis

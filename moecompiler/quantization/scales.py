@@ -40,7 +40,8 @@ class Scales:
 def find_scales(weight: np.ndarray, scheme: WeightScheme, scale_dtype: str, threads: int = 1) -> Scales:
     """The scales of ``weight`` ``[..., out, in]``, float16, bfloat16 or float32; in ``scale_dtype``, but for NVFP4.
 
-    Raises: ValueError for NaN or infinity; UserError where blocks do not divide the input features.
+    Raises: ValueError for NaN or infinity; OverflowError where a scale is beyond ``scale_dtype``; UserError where blocks do not
+    divide the input features.
     """
     shape, lead = weight.shape, weight.ndim - 2
     form = scheme.scale_shape(shape)
@@ -55,25 +56,32 @@ def find_scales(weight: np.ndarray, scheme: WeightScheme, scale_dtype: str, thre
         global_scale,
     )
 
+    matrices, into = as_matrices(weight, lead), as_matrices(found.scales, lead)
+
     def work(m: int, rows: slice) -> None:
-        groups = as_matrices(weight, lead)[m, rows].reshape(*as_matrices(found.scales, lead)[m, rows].shape, -1)
+        groups = matrices[m, rows].reshape(*into[m, rows].shape, -1)
         if found.zero_points is not None:
-            scales, zero_points = _asymmetric(groups, scheme, scale_dtype)
-            as_matrices(found.zero_points, lead)[m, rows] = zero_points
+            scales, as_matrices(found.zero_points, lead)[m, rows] = _asymmetric(groups, scheme, scale_dtype)
         elif global_scale is not None:
             scales = _block_scales(groups, global_scale.reshape(-1)[m])
         else:
             scales = positive(_maxima(groups) / np.float32(scheme.format.largest), scale_dtype)
-        as_matrices(found.scales, lead)[m, rows] = scales
+        into[m, rows] = scales
 
     each_chunk(work, shape, threads)
     return found
 
 
 def positive(scales: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 scales rounded to ``dtype`` and never 0: 1 for what is all zeros, the least number for what is next to it."""
+    """float32 scales rounded to ``dtype`` and never 0: 1 for what is all zeros, the least number for what is next to it.
+
+    Raises: OverflowError where one is too large for ``dtype``.
+    """
     stored = NUMPY_DTYPES[dtype]
-    rounded = np.where(scales == 0, np.float32(1), scales).astype(stored)
+    with np.errstate(over="ignore"):
+        rounded = np.where(scales == 0, np.float32(1), scales).astype(stored)
+    if not np.isfinite(widen(rounded)).all():
+        raise OverflowError(f"a scale is beyond {dtype}'s range; use --dtype bfloat16")
     least = np.array(1, f"u{stored.itemsize}").view(stored)
     return np.where(rounded == 0, least, rounded)
 
@@ -90,11 +98,12 @@ def _finite(extremes: np.ndarray) -> np.ndarray:
 
 
 def _matrix_maxima(weight: np.ndarray, threads: int) -> np.ndarray:
-    lead = weight.ndim - 2
+    """The largest magnitude of each matrix, ``[...]`` float32."""
     per_row = np.zeros(weight.shape[:-1], np.float32)
+    into, matrices = as_matrices(per_row, weight.ndim - 2), as_matrices(weight, weight.ndim - 2)
 
     def work(m: int, rows: slice) -> None:
-        as_matrices(per_row, lead)[m, rows] = _maxima(as_matrices(weight, lead)[m, rows])
+        into[m, rows] = _maxima(matrices[m, rows])
 
     each_chunk(work, weight.shape, threads)
     return per_row.max(axis=-1, initial=0)

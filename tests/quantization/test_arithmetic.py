@@ -179,6 +179,21 @@ def test_what_is_not_finite_is_refused(scheme: WeightScheme, odd: float) -> None
             attempt()
 
 
+def test_scales_beyond_float16_are_refused() -> None:
+    large = np.full((2, 64), 1e8, np.float32)
+    for scheme in (INT8, int4(32), int4(32, symmetric=False), FP8):
+        with pytest.raises(OverflowError, match="a scale is beyond float16's range; use --dtype bfloat16"):
+            quantize(large, scheme, "float16")
+        assert np.isfinite(dequantize(quantize(large, scheme, "bfloat16"), "float32")).all()
+
+
+@EACH_SCHEME
+def test_views_are_quantized_as_they_look(scheme: WeightScheme) -> None:
+    original = weight("bfloat16", (2, 64, 64))
+    turned = original.swapaxes(-1, -2)
+    check_same(quantize(turned, scheme, "bfloat16"), quantize(np.ascontiguousarray(turned), scheme, "bfloat16"))
+
+
 def test_groups_that_do_not_divide_are_refused() -> None:
     with pytest.raises(UserError, match=r"weight: groups of 48 do not divide its 64 input features"):
         quantize(weight(), int4(48), "float32")
