@@ -56,7 +56,7 @@ def shape(turn: int, session: StageSession) -> tuple[int, int]:
     """Sequences and tokens of each. An odd number of lengths meets all batches, which are mostly a power of two."""
     longest = min(session.max_input_len, session.max_seq_len - max(STEPS, FIXED_STEPS))
     longest -= longest % 2 == 0
-    return turn % session.max_batch_size + 1, 7 * turn % longest + 1
+    return turn % session.max_batch_size + 1, 37 * turn % longest + 1
 
 
 def soak(session: StageSession, mapping: Mapping, turns: int, warmup: int, free: Callable[[], int]) -> Result:
