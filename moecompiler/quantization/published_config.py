@@ -102,6 +102,8 @@ def _awq(data: Mapping[str, Any], where: str) -> PublishedConfig:
 
 def _gptq(data: Mapping[str, Any], where: str) -> PublishedConfig:
     form = data.get("checkpoint_format") or data.get("format") or "gptq"
+    if data.get("is_marlin_format"):
+        form = "marlin"
     if form not in (Layout.GPTQ_V1, Layout.GPTQ_V2):
         raise UserError(f"{where}: checkpoint_format is {form!r}; supported are 'gptq' and 'gptq_v2'")
     _bits(_first(data, ("bits",), int, where), where)

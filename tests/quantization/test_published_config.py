@@ -128,6 +128,7 @@ def groups(*weights: dict[str, Any]) -> dict[str, Any]:
         (AWQ | {"group_size": 0}, "group_size is 0; it must be -1"),
         (GPTQ | {"group_size": 100}, "group_size is 100; it must be -1"),
         (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
+        (GPTQ | {"is_marlin_format": True}, "checkpoint_format is 'marlin'"),
         (GPTQ | {"dynamic": {r"+:.*\.w1": {"bits": 8}}}, r"dynamic gives '+:.*\\.w1' settings of its own"),
         (GPTQ | {"dynamic": 3}, "dynamic is 3; it must be of type dict"),
         (GPTQ | {"sym": "yes"}, 'sym is "yes"; it must be of type bool'),
