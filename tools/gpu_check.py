@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from moecompiler.atomic import write_json_atomic
+from moecompiler.errors import UserError
+from moecompiler.runtime.device import driver
 from moecompiler.tools.gpu_schedule import FAILED, OK, SKIPPED, Outcome, Runner, Step, check, run_steps
 from moecompiler.tools.gpu_steps import Places, all_steps
 
@@ -115,6 +117,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.output_dir is None or options.jobs < 1 or options.minutes <= 0:
         parser.error("give --output_dir DIR, --jobs of at least 1 and --minutes above 0")
+    try:
+        driver()
+    except UserError as error:
+        parser.error(str(error))
     return run(steps, places, options.output_dir, options.jobs, options.minutes)
 
 

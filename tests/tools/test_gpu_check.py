@@ -9,9 +9,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
-from moecompiler.tools import gpu_check
-from moecompiler.tools.gpu_check import ROOT, figures, line, main, pack_logs, select, summary
+from moecompiler.tools.gpu_check import ROOT, figures, line, main, pack_logs, run, select, summary
 from moecompiler.tools.gpu_kinds import KINDS
 from moecompiler.tools.gpu_schedule import OK, SKIPPED, TIMED_OUT, Outcome, Step, check
 from moecompiler.tools.gpu_steps import Places, all_steps
@@ -54,6 +54,15 @@ def test_only_brings_what_is_needed() -> None:
     assert names() == NAMES
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
+def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--output_dir", str(tmp_path / "out")])
+    assert end.value.code == 2
+    assert "no CUDA GPU can be used here" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("words", [["--only", "valdate-*"], ["--skip", "nothing"], ["--jobs", "0"], []])
 def test_what_is_wrong_is_said(words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as end:
@@ -74,23 +83,19 @@ def script(code: str) -> tuple[str, ...]:
     return (sys.executable, "-S", "-c", code)
 
 
-def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Good and bad steps; figures of those that wrote some, logs of those that ran."""
-
-    def steps(places: Places) -> list[Step]:
-        path = str(places.figures / "good.json")
-        return [
-            Step("good", "a", script(f"open({path!r}, 'w').write('[1.5]'); print('fine')"), 20),
-            Step("bad", "a", script("print('alas'); raise SystemExit(4)"), 20),
-            Step("hopeless", "a", script("print('never')"), 20, ("bad",)),
-            Step("slow", "b", script("import time; time.sleep(30)"), 1, ("good",), alone=True),
-        ]
-
-    monkeypatch.setattr(gpu_check, "all_steps", steps)
     out, work = tmp_path / "out", tmp_path / "work"
     (work / "figures").mkdir(parents=True)
     (work / "figures" / "slow.json").write_text("[0]")  # of an earlier run
-    status = main(["--output_dir", str(out), "--work_dir", str(work), "--jobs", "2"])
+    good = str(work / "figures" / "good.json")
+    steps = [
+        Step("good", "a", script(f"open({good!r}, 'w').write('[1.5]'); print('fine')"), 20),
+        Step("bad", "a", script("print('alas'); raise SystemExit(4)"), 20),
+        Step("hopeless", "a", script("print('never')"), 20, ("bad",)),
+        Step("slow", "b", script("import time; time.sleep(30)"), 1, ("good",), alone=True),
+    ]
+    status = run(steps, Places(ROOT, work), out, jobs=2, minutes=1)
     printed = capsys.readouterr().out.splitlines()
     assert status == 1
     assert sorted(line.split()[0] for line in printed[:-1]) == ["FAIL", "SKIP", "TIME", "ok"]
