@@ -58,10 +58,11 @@ def cut_in_half(path: Path) -> None:
 
 
 def made_elsewhere(path: Path, **changes: Any) -> None:
-    """The engine's record says that it was made with another TensorRT, or on another GPU."""
-    record = json.loads(path.read_text())
+    """The engine's record says that it was made with another TensorRT, or on another GPU; the file's size stays."""
+    text = path.read_text()
+    record = json.loads(text)
     record["made"] |= changes
-    path.write_text(json.dumps(record))
+    path.write_text(json.dumps(record, separators=(",", ":")).ljust(len(text)))
 
 
 CASES = (

@@ -70,9 +70,11 @@ def test_damage(tmp_path: Path) -> None:
     assert [i for i, byte in enumerate(plan.read_bytes()) if byte != i] == [5]
     cut_in_half(plan)
     assert len(plan.read_bytes()) == 5
-    record.write_text(json.dumps({"made": {"sm": 90, "gpu": "this"}, "bound": []}))
-    made_elsewhere(record, sm=80)
-    assert json.loads(record.read_text()) == {"made": {"sm": 80, "gpu": "this"}, "bound": []}
+    record.write_text(json.dumps({"made": {"sm": 90, "gpu": "this"}, "bound": []}, indent=1))
+    size = record.stat().st_size
+    made_elsewhere(record, sm=80, gpu="another")
+    assert json.loads(record.read_text()) == {"made": {"sm": 80, "gpu": "another"}, "bound": []}
+    assert record.stat().st_size == size  # which is looked at even where hashes are not
 
 
 def test_only_one_clear_line_will_do() -> None:
