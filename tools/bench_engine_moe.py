@@ -47,7 +47,7 @@ from moecompiler.tools.one_node_program import one_node, profile
 if TYPE_CHECKING:
     from moecompiler.tools.gpu_engine import TorchEngine
 
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096, 8192)
 LARGEST_ERROR = 0.05  # rounding, and tokens that it routes otherwise
 SPEC, ATTRIBUTES = moe_spec(NormalizationMode.RENORMALIZE, TOP_K), {"top_k": TOP_K, "normalization_mode": 1}
 

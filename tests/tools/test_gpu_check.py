@@ -15,6 +15,7 @@ from moecompiler.tools.gpu_check import ROOT, figures, line, main, pack_logs, ru
 from moecompiler.tools.gpu_kinds import KINDS
 from moecompiler.tools.gpu_schedule import OK, SKIPPED, TIMED_OUT, Outcome, Step, check
 from moecompiler.tools.gpu_steps import Places, all_steps
+from moecompiler.tools.gpu_versions import versions
 
 STEPS = all_steps(Places(ROOT, Path("/work-dir")))
 NAMES = [step.name for step in STEPS]
@@ -121,6 +122,12 @@ def test_parts(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{")
     assert figures(tmp_path, [Step("a", "g", (), 1), Step("b", "g", (), 1)]) == {"a": None}
     pack_logs(tmp_path / "logs.tar.gz", tmp_path, [])
+
+
+def test_versions_and_what_is_missing() -> None:
+    found, missing = versions(("pytest", "no_such_module"))
+    assert found == {"pytest": pytest.__version__}
+    assert missing == {"no_such_module": "ModuleNotFoundError: No module named 'no_such_module'"}
 
 
 def test_runs_as_a_file() -> None:
