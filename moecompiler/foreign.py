@@ -25,14 +25,14 @@ from moecompiler.graph import (
     weight_tensor,
 )
 from moecompiler.shape_inference import infer_symbolic_shapes
-from moecompiler.weights import NUMPY_DTYPES, Shape, whole
+from moecompiler.weights import FLOATS, NUMPY_DTYPES, Shape, whole
 
 _OLDEST_OPSET = 18  # torch's default; what came since then is converted node by node
 _TRACED_NAME = re.compile(r"/(.+)/[^/]+")
 _OUR_NAME = re.compile(r"[^/]*/[^/]+")
 _MOST_HELD = 1 << 30  # bytes of what is no weight; protobuf takes no file of 2 GiB
 _SMALLEST_WEIGHT = 1024  # bytes; what is smaller may be read to fold and to match
-_NAMES = {code: name for name, code in ONNX_DTYPES.items()}
+_NAMES = {ONNX_DTYPES[name]: name for name in (*FLOATS, "int64")}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from onnx import TensorProto
 from moecompiler.errors import UserError
 from moecompiler.packing import tensors_of
 from moecompiler.safetensors_file import layout
-from moecompiler.weights import Recipe
+from moecompiler.weights import FLOATS, Recipe
 
 OPSET = 21
 IR_VERSION = 10
@@ -34,6 +34,9 @@ ONNX_DTYPES = {
     "float16": TensorProto.FLOAT16,
     "bfloat16": TensorProto.BFLOAT16,
     "int64": TensorProto.INT64,
+    "int8": TensorProto.INT8,
+    "int4": TensorProto.INT4,
+    "float8_e4m3fn": TensorProto.FLOAT8E4M3FN,
 }
 
 
@@ -102,7 +105,7 @@ def point_weights_at(program: Program, location: str) -> Program:
 
 def floating_type(program: Program) -> str:
     """The floating-point type of a rank's graph: that of its KV cache."""
-    names = {code: name for name, code in ONNX_DTYPES.items() if name != "int64"}
+    names = {ONNX_DTYPES[name]: name for name in FLOATS}
     types = (value.type.tensor_type.elem_type for value in program.model.graph.input)
     return next((names[each] for each in types if each in names), "float32")
 

@@ -8,13 +8,26 @@ from pathlib import Path
 
 import numpy as np
 
+from moecompiler.materializing import Materializer
+from moecompiler.quantization.packing import pack_bytes
 from moecompiler.safetensors_file import write
-from moecompiler.weights import Recipe, Shape, TensorReader, materialize
+from moecompiler.weights import Recipe, Shape, TensorReader
 
 
 def tensors_of(recipes: Mapping[str, Recipe]) -> dict[str, tuple[str, Shape]]:
-    """Dtype and shape of each tensor, in the order in which a file is asked to hold them."""
-    return {name: (recipe.dtype, recipe.shape) for name, recipe in sorted(recipes.items())}
+    """Dtype and shape of each tensor as it is stored, in the order in which a file is asked to hold them.
+
+    Safetensors files have no int4: a tensor of it is there as its bytes, flat.
+    """
+    stored = ((name, recipe) for name, recipe in sorted(recipes.items()))
+    return {n: ("uint8", (r.nbytes,)) if r.dtype == "int4" else (r.dtype, r.shape) for n, r in stored}
+
+
+def stored(recipe: Recipe, array: np.ndarray) -> np.ndarray:
+    """A tensor as a file holds it: int4 in bytes, the first of two numbers in the low half, as ONNX has it."""
+    if recipe.dtype != "int4":
+        return array
+    return pack_bytes(np.pad(array.reshape(-1), (0, array.size % 2)))
 
 
 def pack(
@@ -24,7 +37,8 @@ def pack(
 ) -> None:
     """Writes a safetensors file for each part; ``progress`` is told the fraction of all of them that is done.
 
-    Raises: UserError where a file cannot be written; OverflowError where a weight does not fit its dtype.
+    Raises: UserError where a file cannot be written, or a weight cannot be quantized; OverflowError where one does not fit its
+    dtype.
     """
     total = max(1, sum(recipe.nbytes for _, recipes in parts for recipe in recipes.values()))
     written = 0
@@ -34,9 +48,10 @@ def pack(
         written += count
         progress(min(1.0, written / total))  # headers come on top of the weights
 
+    tensors = Materializer(reader)
+
+    def tensor(recipes: Mapping[str, Recipe], name: str) -> np.ndarray:
+        return stored(recipes[name], tensors.tensor(recipes[name]))
+
     for path, recipes in parts:
-        write(path, tensors_of(recipes), partial(_tensor, recipes, reader), advance)
-
-
-def _tensor(recipes: Mapping[str, Recipe], reader: TensorReader, name: str) -> np.ndarray:
-    return materialize(recipes[name], reader)
+        write(path, tensors_of(recipes), partial(tensor, recipes), advance)

@@ -9,9 +9,12 @@ import torch
 from moecompiler.config import ExportOptions, ModelConfig
 from moecompiler.export import INVERSE_FREQUENCIES, TORCH_DTYPES
 from moecompiler.mapping import Mapping, rank_shape
+from moecompiler.materializing import Materializer
 from moecompiler.model import Cache, RankModule
+from moecompiler.quantization.recipe import QuantizationRecipe
+from moecompiler.quantized import numbers_by
 from moecompiler.sharding import inverse_frequencies, recipe_for
-from moecompiler.weights import TensorReader, materialize
+from moecompiler.weights import TensorReader
 
 
 def to_torch(array: np.ndarray) -> torch.Tensor:
@@ -34,17 +37,24 @@ def load_rank_module(
     options: ExportOptions,
     reader: TensorReader,
     compute_dtype: str | None = None,
+    quantization: QuantizationRecipe | None = None,
 ) -> RankModule:
-    """One rank's module on the CPU, with the weights that ``sharding`` gives that rank, rounded to the engine's dtype;
-    ``compute_dtype`` (default: the same) is what they are then held and computed in."""
+    """One rank's module on the CPU, with the weights that ``sharding`` gives that rank, rounded to the engine's dtype, and, where
+    ``quantization`` says so, to the numbers that codes stand for; ``compute_dtype`` (default: the same) is what they are then
+    held and computed in.
+
+    Raises: UserError where weights cannot be quantized so.
+    """
     dtype = TORCH_DTYPES[compute_dtype or options.dtype]
     with torch.device("meta"):
         module = RankModule(config, mapping, rank, dtype, options.normalization_mode)
-    state = {}
+    tensors, state = Materializer(reader), {}
     for name, parameter in module.state_dict().items():
         if name != INVERSE_FREQUENCIES:
-            array = materialize(recipe_for(name, config, mapping, rank, options.dtype), reader)
-            state[name] = to_torch(array).to(parameter.dtype)
+            recipe = recipe_for(name, config, mapping, rank, options.dtype)
+            if quantization is not None:
+                recipe = numbers_by(quantization, recipe)
+            state[name] = to_torch(tensors.tensor(recipe)).to(parameter.dtype)
     state[INVERSE_FREQUENCIES] = torch.from_numpy(inverse_frequencies(config))
     module.load_state_dict(state, assign=True)
     return module.eval()

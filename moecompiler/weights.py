@@ -1,25 +1,36 @@
 """Weights by reference: what a tensor of a rank is made of, without reading it.
 
-A ``Recipe`` describes one tensor as boxes cut out of checkpoint tensors. Recipes are data: they can be sliced, transposed,
-joined and written to JSON, so a graph can be exported and rewritten without a byte of its weights in memory.
+A ``Recipe`` describes one tensor as boxes cut out of checkpoint tensors, or as what quantizing such a tensor makes of it. Recipes
+are data: they can be sliced, transposed, joined and written to JSON, so a graph can be exported and rewritten without a byte of
+its weights in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from math import prod
 from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
 
+from moecompiler.quantization.as_json import scheme_from_json, scheme_to_json
+from moecompiler.quantization.schemes import WeightScheme
+
 Shape = tuple[int, ...]
 
+FLOATS = ("float32", "float16", "bfloat16")  # what graphs compute in
+# of arrays in memory: int4 has a byte for each number there, and is packed where it is stored
 NUMPY_DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "int64": np.dtype(np.int64),
+    "int8": np.dtype(np.int8),
+    "int4": np.dtype(np.int8),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
 }
 
 
@@ -51,23 +62,69 @@ class Piece:
         return tuple(padded[axis] for axis in self.perm)
 
 
+class Part(StrEnum):
+    """What a quantized weight consists of, in the order in which it is asked for; ``WEIGHT`` is the numbers it stands for."""
+
+    CODES = "codes"
+    SCALES = "scales"
+    ZERO_POINTS = "zero_points"
+    WEIGHT = "weight"
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A part of what ``scheme`` makes of ``source`` ``[..., out, in]``, a recipe of boxes; scales are of the source's dtype.
+
+    ``perm``: the axes of a ``WEIGHT`` are permuted so at the end; empty leaves them.
+    """
+
+    source: Recipe
+    scheme: WeightScheme
+    part: Part
+    perm: Shape = ()
+
+    def to_json(self) -> dict[str, Any]:
+        data = {"source": self.source.to_json(), "scheme": scheme_to_json(self.scheme), "part": self.part}
+        return data | ({"perm": list(self.perm)} if self.perm else {})
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Quantized:
+        source, scheme = Recipe.from_json(data["source"]), scheme_from_json(data["scheme"])
+        return Quantized(source, scheme, Part(data["part"]), tuple(data.get("perm", ())))
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """A tensor of ``dtype`` and ``shape``: zeros, with ``pieces`` put in; or, small and given outright, ``values``."""
+    """A tensor of ``dtype`` and ``shape``: zeros, with ``pieces`` put in; or, small and given outright, ``values``; or a part of
+    a weight that is ``quantized``, in its own shape or another of as many elements."""
 
     dtype: str
     shape: Shape
     pieces: tuple[Piece, ...] = ()
     values: tuple[int, ...] | None = None
+    quantized: Quantized | None = None
+
+    @property
+    def is_boxes(self) -> bool:
+        """Whether it is made of boxes alone: such recipes can be joined, and quantized."""
+        return self.values is None and self.quantized is None
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * NUMPY_DTYPES[self.dtype].itemsize
+        """In a file. Two of int4 share a byte."""
+        count = prod(self.shape)
+        return (count + 1) // 2 if self.dtype == "int4" else count * NUMPY_DTYPES[self.dtype].itemsize
+
+    @property
+    def sources(self) -> frozenset[str]:
+        """The tensors it is made of, directly or by quantizing."""
+        boxes = self.quantized.source if self.quantized else self
+        return frozenset(piece.source for piece in boxes.pieces)
 
     def transposed(self, perm: Shape) -> Recipe:
         """The same tensor with its axes permuted: axis i of the result is axis ``perm[i]``."""
-        if self.values is not None:
-            raise ValueError("a literal recipe has nothing to transpose by reference")
+        if not self.is_boxes:
+            raise ValueError("literal and quantized recipes are not transposed by reference")
         pieces = tuple(
             Piece(p.source, p.start, p.shape, tuple(p.at[i] for i in perm), tuple(p.perm[i] for i in perm))
             for p in self.pieces
@@ -78,6 +135,8 @@ class Recipe:
         data: dict[str, Any] = {"dtype": self.dtype, "shape": list(self.shape)}
         if self.values is not None:
             return data | {"values": list(self.values)}
+        if self.quantized is not None:
+            return data | {"quantized": self.quantized.to_json()}
         return data | {"pieces": [[p.source, p.start, p.shape, p.at, p.perm] for p in self.pieces]}
 
     @staticmethod
@@ -85,6 +144,8 @@ class Recipe:
         shape = tuple(data["shape"])
         if "values" in data:
             return Recipe(data["dtype"], shape, values=tuple(data["values"]))
+        if "quantized" in data:
+            return Recipe(data["dtype"], shape, quantized=Quantized.from_json(data["quantized"]))
         pieces = tuple(Piece(source, *map(tuple, boxes)) for source, *boxes in data["pieces"])
         return Recipe(data["dtype"], shape, pieces)
 
@@ -98,9 +159,9 @@ def whole(source: str, dtype: str, shape: Shape) -> Recipe:
 def joined(recipes: Sequence[Recipe], axis: int) -> Recipe:
     """The tensors one after another along ``axis``. Raises: ValueError where they do not fit together."""
     first = recipes[0]
-    others = {(r.dtype, r.shape[:axis], r.shape[axis + 1 :], r.values is None) for r in recipes}
-    if len(others) != 1 or first.values is not None:
-        raise ValueError("recipes to be joined differ in dtype or in another axis, or are literals")
+    others = {(r.dtype, r.shape[:axis], r.shape[axis + 1 :], r.is_boxes) for r in recipes}
+    if len(others) != 1 or not first.is_boxes:
+        raise ValueError("recipes to be joined differ in dtype or in another axis, or are not made of boxes")
     pieces, at = [], 0
     for recipe in recipes:
         for piece in recipe.pieces:
@@ -111,15 +172,17 @@ def joined(recipes: Sequence[Recipe], axis: int) -> Recipe:
 
 
 def materialize(recipe: Recipe, reader: TensorReader) -> np.ndarray:
-    """The tensor itself, a new C-contiguous array of ``recipe.shape`` and dtype.
+    """The tensor itself, a new C-contiguous array of ``recipe.shape`` and dtype. ``materializing`` makes what is quantized too.
 
     Raises: OverflowError where a finite weight does not fit the recipe's dtype (a bfloat16 weight beyond float16's 65504).
     """
     dtype = NUMPY_DTYPES[recipe.dtype]
     if recipe.values is not None:
         return np.array(recipe.values, dtype).reshape(recipe.shape)
-    covered = sum(int(np.prod(p.extent, dtype=np.int64)) for p in recipe.pieces)
-    whole = covered == int(np.prod(recipe.shape, dtype=np.int64))
+    if recipe.quantized is not None:
+        raise ValueError("a recipe of boxes or a literal is wanted here")
+    covered = sum(prod(p.extent) for p in recipe.pieces)
+    whole = covered == prod(recipe.shape)
     out = np.empty(recipe.shape, dtype) if whole else np.zeros(recipe.shape, dtype)
     for piece in recipe.pieces:
         box = reader.read(piece.source, piece.start, piece.shape)

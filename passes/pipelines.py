@@ -14,9 +14,11 @@ from moecompiler.passes.fuse_grouped_moe import FuseGroupedMoE
 from moecompiler.passes.fuse_moe import FuseMoE
 from moecompiler.passes.fuse_rms_norm import FuseRMSNorm
 from moecompiler.passes.merge_qkv import MergeQKV
+from moecompiler.passes.quantize_weights import QuantizeWeights
 from moecompiler.passes.restore import Restore
 from moecompiler.passes.standard_ops import StandardOps
 from moecompiler.pipeline import Pass
+from moecompiler.quantization.recipe import QuantizationRecipe
 
 AUTO = "auto"
 OOTB = "ootb"
@@ -24,10 +26,11 @@ PLUGINS = "plugins"
 DEBUG = "debug"
 
 
-def named_pipelines() -> dict[str, tuple[Pass, ...]]:
+def named_pipelines(quantization: QuantizationRecipe | None = None) -> dict[str, tuple[Pass, ...]]:
     """``ootb``: plain operators, what an engine without plugins is built from. ``plugins``: fused ops, whose bodies a backend
     without plugins inlines. ``debug``: the export as it is. One of each backend's name has what suits it best: fused ops where
-    it has plugins for them, operators of ONNX's own (``standard-ops``) where it has kernels for those."""
+    it has plugins for them, operators of ONNX's own (``standard-ops``) where it has kernels for those. With a recipe, each
+    quantizes by it."""
     # clean-up exposes constants (a cast of a constant to its own type), folding exposes no-ops: twice settles both
     tidy: tuple[Pass, ...] = (ConstantFolding(), CleanUp(), ConstantFolding(), CleanUp())
     fuse: tuple[Pass, ...] = (
@@ -41,11 +44,15 @@ def named_pipelines() -> dict[str, tuple[Pass, ...]]:
         FuseAddRMSNorm(),
         MergeQKV(),
     )
-    plugins = (*tidy, CommonSubexpressions(), *fuse)
+    plugins: tuple[Pass, ...] = (*tidy, CommonSubexpressions(), *fuse)
+    plain: tuple[Pass, ...] = ()
+    if quantization is not None:
+        plugins = (*plugins, QuantizeWeights(quantization))
+        plain = (QuantizeWeights(quantization), Restore())  # no op of ours is left
     standard = (*plugins, StandardOps())
     return {
-        DEBUG: (),
-        OOTB: tidy,
+        DEBUG: plain,
+        OOTB: (*tidy, *plain),
         PLUGINS: plugins,
         "onnxruntime": standard,
         "tensorrt": plugins,
@@ -58,7 +65,7 @@ def default_pipeline(backend: str) -> str:
     return backend if backend == "tensorrt" else OOTB
 
 
-def passes_by_name() -> dict[str, Pass]:
+def passes_by_name(quantization: QuantizationRecipe | None = None) -> dict[str, Pass]:
     """The passes that come with this package: those of the pipelines, and those that stand in none."""
-    others: tuple[Pass, ...] = (Restore(),)
+    others: tuple[Pass, ...] = (QuantizeWeights(quantization), Restore())
     return {step.name: step for steps in (*named_pipelines().values(), others) for step in steps}

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from typing import Any
 
 from moecompiler.errors import UserError
 from moecompiler.passes.pipelines import OOTB, named_pipelines, passes_by_name
 from moecompiler.pipeline import Pass
+from moecompiler.quantization.recipe import QuantizationRecipe
 
 ENTRY_POINTS = "moecompiler.passes"  # the group in which another package names its passes: name = "module:Class"
 
@@ -26,10 +28,11 @@ class Selection:
     only: tuple[str, ...] = ()
     disable: tuple[str, ...] = ()
     stop_after: str = ""
+    quantization: QuantizationRecipe | None = None
 
     def passes(self) -> tuple[Pass, ...]:
         """Raises: UserError, one line, where a name is none, or another package's pass cannot be loaded."""
-        steps = [step for name in self.pipeline.split(",") for step in _named(name.strip())]
+        steps = [step for name in self.pipeline.split(",") for step in self._named(name.strip())]
         for option, names in (("--only_pass", self.only), ("--disable_pass", self.disable)):
             for name in names:
                 if all(step.name != name for step in steps):
@@ -45,6 +48,18 @@ class Selection:
                 return index
         raise UserError(f"{option} {name}: is not in {self._described(steps)}")
 
+    def _named(self, name: str) -> tuple[Pass, ...]:
+        pipelines, passes = named_pipelines(self.quantization), passes_by_name(self.quantization)
+        if name in pipelines:
+            return pipelines[name]
+        if name in passes:
+            return (passes[name],)
+        theirs = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+        if name in theirs:
+            return (load(theirs[name]),)
+        known = f"{', '.join(sorted(pipelines))}, or passes by name: {', '.join(sorted({*passes, *theirs}))}"
+        raise UserError(f"--pipeline {name}: there is none of that name; choose from {known}")
+
     def _described(self, steps: Sequence[Pass]) -> str:
         names = ", ".join(label(index, step.name) for index, step in enumerate(steps, 1))
         return f"pipeline {self.pipeline}, which is {names or 'empty'}"
@@ -53,19 +68,6 @@ class Selection:
 def label(index: int, name: str) -> str:
     """The name of the graph after the pass at ``index`` (from 1; 0 is what the passes are given)."""
     return f"{index:02}-{name}"
-
-
-def _named(name: str) -> tuple[Pass, ...]:
-    pipelines, passes = named_pipelines(), passes_by_name()
-    if name in pipelines:
-        return pipelines[name]
-    if name in passes:
-        return (passes[name],)
-    theirs = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
-    if name in theirs:
-        return (load(theirs[name]),)
-    known = f"{', '.join(sorted(pipelines))}, or passes by name: {', '.join(sorted({*passes, *theirs}))}"
-    raise UserError(f"--pipeline {name}: there is none of that name; choose from {known}")
 
 
 def load(entry: EntryPoint) -> Pass:
@@ -80,9 +82,10 @@ def load(entry: EntryPoint) -> Pass:
     return step
 
 
-def identity(steps: Sequence[Pass]) -> list[tuple[str, str]]:
-    """Name and source (as SHA-256) of each pass: what an older version of one made is not taken for this one's."""
-    return [(step.name, _source(type(step))) for step in steps]
+def identity(steps: Sequence[Pass]) -> list[tuple[Any, ...]]:
+    """Name, source (as SHA-256) and parameters of each pass: what an older version of one made, or one with other parameters, is
+    not taken for this one's."""
+    return [(step.name, _source(type(step)), getattr(step, "parameters", None)) for step in steps]
 
 
 def _source(kind: type) -> str:

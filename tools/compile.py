@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from moecompiler.artifact import Artifact
@@ -35,9 +36,9 @@ def compile_(
     work: WorkFlags,
 ) -> None:
     """Compile a checkpoint into engines: export + optimize + build."""
-    passes = passes.for_backend(engine.backend)
+    job = make_job(source, parallel, graph, passes)
+    passes = replace(passes.for_backend(engine.backend), recipe=job.quantization)
     check_instruments(instruments, passes.selection)
-    job = make_job(source, parallel, graph)
     for note in run_compile(job, output_dir, engine, passes, instruments, work):
         print(note)
     ranks = ranks_asked_for(job.mapping.world_size, work.rank)

@@ -9,7 +9,7 @@ from pathlib import Path
 from moecompiler.artifact_writer import writing
 from moecompiler.atomic import fingerprint, temporary_path
 from moecompiler.tools import options as opt
-from moecompiler.tools.flags import GraphFlags, MappingFlags, SourceFlags, WorkFlags
+from moecompiler.tools.flags import GraphFlags, MappingFlags, QuantizationFlags, SourceFlags, WorkFlags
 from moecompiler.tools.groups import grouped
 from moecompiler.tools.job import Job, code_fingerprint, make_job, ranks_asked_for, versions
 from moecompiler.workers import ProgressFn, run_ranks
@@ -21,10 +21,11 @@ def export(
     source: SourceFlags,
     parallel: MappingFlags,
     graph: GraphFlags,
+    quantization: QuantizationFlags,
     work: WorkFlags,
 ) -> None:
     """Export a checkpoint to ONNX, rank by rank (the old convert_checkpoint)."""
-    job = make_job(source, parallel, graph)
+    job = make_job(source, parallel, graph, quantization)
     run_export(job, output_dir, work)
     print(f"exported {len(ranks_asked_for(job.mapping.world_size, work.rank))} rank(s) to {output_dir}")
 

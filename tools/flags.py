@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 
 from moecompiler.passes.pipelines import AUTO, default_pipeline
 from moecompiler.passes.selection import Selection
+from moecompiler.quantization.recipe import QuantizationRecipe
 from moecompiler.tools import engine_options as eng
 from moecompiler.tools import options as opt
+from moecompiler.tools import quantization_options as quant
 
 
 @dataclass(frozen=True)
@@ -42,19 +44,32 @@ class GraphFlags:
 
 
 @dataclass(frozen=True)
-class SelectionFlags:
-    """Which passes run."""
+class QuantizationFlags:
+    """Which weights are quantized how; ``quantization.recipe_from_flags`` reads them."""
+
+    use_weight_only: quant.UseWeightOnly = False
+    weight_only_precision: quant.WeightOnlyPrecisionOption = None
+    group_size: quant.GroupSize = None
+    quantization: quant.RecipeFile = None
+
+
+@dataclass(frozen=True)
+class SelectionFlags(QuantizationFlags):
+    """Which passes run. ``recipe`` is no option: what the options of quantization ask for, or a manifest; see
+    ``quantization.resolved``."""
 
     pipeline: opt.Pipeline = AUTO
     only_pass: opt.OnlyPass = None
     disable_pass: opt.DisablePass = None
     stop_after: opt.StopAfter = ""
     allow_missed: opt.AllowMissed = False
+    recipe: QuantizationRecipe | None = None
 
     @property
     def selection(self) -> Selection:
         pipeline = default_pipeline("") if self.pipeline == AUTO else self.pipeline
-        return Selection(pipeline, tuple(self.only_pass or ()), tuple(self.disable_pass or ()), self.stop_after)
+        only, disable = tuple(self.only_pass or ()), tuple(self.disable_pass or ())
+        return Selection(pipeline, only, disable, self.stop_after, self.recipe)
 
     def for_backend(self, backend: str) -> SelectionFlags:
         """With the pipeline of its own that ``auto`` stands for."""

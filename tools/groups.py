@@ -6,12 +6,12 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_origin, get_type_hints
 
 
 def grouped(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """The verb as the command line sees it: a parameter whose type is a dataclass becomes an option for each of its fields,
-    which are typed as options are."""
+    """The verb as the command line sees it: a parameter whose type is a dataclass becomes an option for each of its fields that
+    is typed as options are (``Annotated``); other fields keep their defaults."""
     hints = get_type_hints(verb, include_extras=True)
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     parameters = []
@@ -26,7 +26,7 @@ def grouped(verb: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(verb)
     def with_options(**given: Any) -> Any:
         arguments = {
-            name: group(**{field.name: given.pop(field.name) for field in fields(group)})
+            name: group(**{option.name: given.pop(option.name) for option in _options(group)})
             for name, group in groups.items()
         }
         return verb(**given, **arguments)
@@ -46,4 +46,5 @@ def _options(group: Any) -> list[inspect.Parameter]:
             annotation=hints[field.name],
         )
         for field in fields(group)
+        if get_origin(hints[field.name]) is Annotated
     ]

@@ -16,17 +16,22 @@ from moecompiler.dummy import DummyCheckpoint
 from moecompiler.errors import UserError
 from moecompiler.manifest import LOCK, MANIFEST
 from moecompiler.mapping import Mapping, check_mapping
-from moecompiler.tools.flags import GraphFlags, MappingFlags, SourceFlags
+from moecompiler.quantization.as_json import recipe_from_json, recipe_to_json
+from moecompiler.quantization.recipe import QuantizationRecipe
+from moecompiler.tools.flags import GraphFlags, MappingFlags, QuantizationFlags, SourceFlags
+from moecompiler.tools.quantization import checked_recipe
 
 
 @dataclass(frozen=True)
 class Job:
-    """``source``: the identity of the checkpoint, see ``checkpoint.Source.identity``."""
+    """``source``: the identity of the checkpoint, see ``checkpoint.Source.identity``. ``quantization``: which of its weights
+    engines are to hold as codes; None: none."""
 
     model: ModelConfig
     mapping: Mapping
     export: ExportOptions
     source: dict[str, Any]
+    quantization: QuantizationRecipe | None = None
 
     def header(self) -> dict[str, Any]:
         return {
@@ -34,16 +39,19 @@ class Job:
             "mapping": self.mapping.to_json(),
             "export": self.export.to_json(),
             "source": self.source,
+            "quantization": None if self.quantization is None else recipe_to_json(self.quantization),
         }
 
     @staticmethod
     def of(artifact: Artifact) -> Job:
         header = artifact.header
+        quantization = header.get("quantization")
         return Job(
             ModelConfig.from_json(header["model"]),
             Mapping(**header["mapping"]),
             ExportOptions.from_json(header["export"]),
             header["source"],
+            None if quantization is None else recipe_from_json(quantization),
         )
 
 
@@ -82,13 +90,16 @@ def resolve_export(config: ModelConfig, flags: GraphFlags) -> ExportOptions:
     return ExportOptions(dtype, mode, slots, flags.gather_context_logits)
 
 
-def make_job(source: SourceFlags, parallel: MappingFlags, graph: GraphFlags) -> Job:
-    """Raises: UserError where there is no such model, or it cannot be split so."""
+def make_job(
+    source: SourceFlags, parallel: MappingFlags, graph: GraphFlags, quantization: QuantizationFlags | None = None
+) -> Job:
+    """Raises: UserError where there is no such model, or it cannot be split or quantized so."""
     mapping = Mapping.create(parallel.tp_size, parallel.pp_size, parallel.moe_tp_size, parallel.moe_ep_size)
     config, identity = resolve_source(source)
     export = resolve_export(config, graph)
     check_mapping(config, mapping)
-    return Job(config, mapping, export, identity)
+    recipe = None if quantization is None else checked_recipe(quantization, config, mapping)
+    return Job(config, mapping, export, identity, recipe)
 
 
 def ranks_asked_for(world_size: int, rank: int | None) -> list[int]:

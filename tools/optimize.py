@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +22,7 @@ from moecompiler.tools.flags import InstrumentFlags, SelectionFlags, WorkFlags
 from moecompiler.tools.groups import grouped
 from moecompiler.tools.instruments import Watcher, check_instruments, show
 from moecompiler.tools.job import Job, code_fingerprint, ranks_asked_for
+from moecompiler.tools.quantization import checked_recipe
 from moecompiler.workers import ProgressFn, run_ranks
 
 DUMPS = "passes"  # the folder for graphs between passes in the output directory
@@ -57,8 +58,12 @@ def optimize(
 def run_optimize(
     source: Artifact, output_dir: Path, passes: SelectionFlags, instruments: InstrumentFlags, work: WorkFlags
 ) -> None:
-    """Optimizes what of ``source`` is not in ``output_dir`` yet. A pass that should have matched and did not is an error, or a
+    """Optimizes what of ``source`` is not in ``output_dir`` yet, quantizing as the options say, or without any, as those of the
+    export did. A pass that should have matched and did not is an error, or a
     note on stderr with ``allow_missed``."""
+    job = Job.of(source)
+    recipe = passes.recipe or checked_recipe(passes, job.model, job.mapping) or job.quantization
+    passes, job = replace(passes, recipe=recipe), replace(job, quantization=recipe)
     check_instruments(instruments, passes.selection)
     steps = passes.selection.passes()
     ranks = ranks_asked_for(source.world_size, work.rank)
@@ -67,7 +72,9 @@ def run_optimize(
         from moecompiler.tools.passes.verify import require_verified
 
         require_verified(source.directory, passes)
-    header = source.header | {"pipeline": passes.selection.pipeline, "passes": [step.name for step in steps]}
+    header = (
+        source.header | job.header() | {"pipeline": passes.selection.pipeline, "passes": [step.name for step in steps]}
+    )
     made_by = (
         code_fingerprint(),
         identity(steps),
@@ -82,7 +89,6 @@ def run_optimize(
         def commit(rank: int, result: _Optimized) -> None:
             writer.commit_rank(rank, keys[rank], result.staged, result.info)
 
-        job = Job.of(source)
         task = _OptimizeRank(source.directory, output_dir, passes, instruments, job.source, job.model)
         done = run_ranks(task, missing, work.workers, "optimize", on_result=commit)
         for rank, result in done.items():  # in their order, whichever was done first
@@ -132,6 +138,7 @@ class _OptimizeRank:
         from moecompiler.dummy import open_source
         from moecompiler.graph import load_program, serialize
         from moecompiler.pipeline import run_passes
+        from moecompiler.quantized import quantized_weights
 
         stem = f"rank{rank}"
         exported = load_program(self.source / f"{stem}.onnx")
@@ -160,4 +167,7 @@ class _OptimizeRank:
         except BaseException:
             _remove_dumps(staged, folder)
             raise
-        return _Optimized(staged, {"passes": [result.to_json() for result in results]}, results, watcher.text)
+        info: dict[str, Any] = {"passes": [result.to_json() for result in results]}
+        if self.passes.recipe is not None:
+            info["quantized"] = quantized_weights(program.weights, self.passes.recipe)
+        return _Optimized(staged, info, results, watcher.text)

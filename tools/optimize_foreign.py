@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import sys
@@ -17,6 +18,7 @@ from moecompiler.packing import pack
 from moecompiler.pipeline import Pass, PassResult, run_passes
 from moecompiler.tools.flags import InstrumentFlags, SelectionFlags
 from moecompiler.tools.instruments import Watcher, check_instruments, show
+from moecompiler.tools.quantization import recipe_from_flags
 from moecompiler.weights import TensorReader
 
 _DUMP = re.compile(rf"\d\d-.+\.onnx|{re.escape(WEIGHTS)}")
@@ -30,6 +32,7 @@ def run_optimize_foreign(source: Path, output: Path, passes: SelectionFlags, ins
     """
     if output.suffix != ".onnx":
         raise UserError(f"--output {output}: give a name that ends in .onnx")
+    passes = dataclasses.replace(passes, recipe=recipe_from_flags(passes))
     check_instruments(instruments, passes.selection)
     steps = passes.selection.passes()
     given, reader = open_foreign(source)

@@ -18,6 +18,8 @@ from moecompiler.artifact import Artifact
 from moecompiler.atomic import write_json_atomic
 from moecompiler.backends.base import EngineLimits
 from moecompiler.errors import UserError
+from moecompiler.quantization.recipe import QuantizationRecipe
+from moecompiler.quantized import without
 from moecompiler.runtime.communicator import Communicator
 from moecompiler.runtime.mpi import world
 from moecompiler.runtime.outputs import check_writable
@@ -125,7 +127,7 @@ def validate_with(request: Request, artifact: Artifact, communicator: Communicat
     return validate_rank(
         artifact,
         backend,
-        RankPlace(job.model, job.mapping, job.export, communicator.rank),
+        RankPlace(job.model, job.mapping, job.export, communicator.rank, quantization_of(artifact, communicator.rank)),
         reader,
         scenarios,
         TOLERANCES[backend.compute_dtype(job.export.dtype)],
@@ -134,6 +136,13 @@ def validate_with(request: Request, artifact: Artifact, communicator: Communicat
         every_part=request.every_part,
         threads=1 if artifact.world_size > 1 else 0,
     )
+
+
+def quantization_of(artifact: Artifact, rank: int) -> QuantizationRecipe | None:
+    """How the weights of a rank's engine are quantized: as was asked for, but for those that passes did not find."""
+    recipe = Job.of(artifact).quantization
+    kept = artifact.rank_info(rank).get("quantized", {}).get("kept", ())
+    return None if recipe is None else without(recipe, kept)
 
 
 def _fits(job: Job, notes: list[str]) -> bool:

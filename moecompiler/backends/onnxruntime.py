@@ -96,6 +96,8 @@ def open_model(model: str | bytes, options: onnxruntime.SessionOptions, threads:
     """Loads a lowered model, a file's path or a file's bytes, with our operators."""
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    # weights of 8 bits: its default multiplies by activations that it rounds to 8 bits too; this is float32
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     with _ONE_AT_A_TIME:
         options.register_custom_ops_library(_collectives_library())
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -13,7 +13,9 @@ from onnx import TensorProto, helper
 from moecompiler.backends.onnxruntime import open_model
 from moecompiler.backends.onnxruntime_lowering import lower
 from moecompiler.graph import ONNX_DTYPES, Program
-from moecompiler.weights import NUMPY_DTYPES, Recipe, TensorReader, materialize
+from moecompiler.materializing import Materializer
+from moecompiler.packing import stored
+from moecompiler.weights import NUMPY_DTYPES, Recipe, TensorReader
 
 _ROOM_BYTES = 1 << 30  # of weights that are kept although the programs at hand do not use them
 _WIDENED_BYTES = 2 << 30  # of half-precision weights, up to which ONNX Runtime may keep copies of them in float32
@@ -24,16 +26,14 @@ class WeightCache:
     dtype. Sessions read the arrays where they are: a cache must outlive them."""
 
     def __init__(self, reader: TensorReader):
-        self._reader = reader
+        self._tensors = Materializer(reader)
         self._values: dict[Recipe, tuple[np.ndarray, onnxruntime.OrtValue]] = {}
         self._lock = threading.Lock()
 
     def value(self, recipe: Recipe) -> onnxruntime.OrtValue:
         with self._lock:
             if recipe not in self._values:
-                array = materialize(recipe, self._reader)
-                # ONNX Runtime takes types that numpy lacks as the bits of one that it has
-                bits = array.view(np.uint16) if recipe.dtype == "bfloat16" else array
+                bits = _bits(recipe, self._tensors.tensor(recipe))
                 kind = ONNX_DTYPES[recipe.dtype]
                 self._values[recipe] = bits, onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, kind)
             return self._values[recipe][1]
@@ -45,6 +45,20 @@ class WeightCache:
             if sum(recipe.nbytes for recipe in rest) > _ROOM_BYTES:
                 for recipe in rest:
                     del self._values[recipe]
+
+
+def _bits(recipe: Recipe, array: np.ndarray) -> np.ndarray:
+    """A tensor as ONNX Runtime takes it: types that numpy lacks as the bits of one that it has."""
+    if recipe.dtype in ("bfloat16", "float8_e4m3fn"):
+        return array.view(f"u{array.itemsize}")
+    if recipe.dtype != "int4":
+        return array
+    # it goes by the array's shape and wants a byte for each element, of which it reads the first half; the others are never
+    # touched, so no memory is behind them
+    packed = stored(recipe, array)
+    room = np.empty(recipe.shape, np.uint8)
+    room.reshape(-1)[: packed.size] = packed
+    return room
 
 
 def open_program(

@@ -82,7 +82,7 @@ class Held:
 
     def made_of(self, others: Mapping[Recipe, str]) -> str:
         """`` = NAME transposed [1, 0]`` where its recipe is that of one of the others with its axes permuted."""
-        if self.recipe is None or self.recipe.values is not None or not self.recipe.pieces:
+        if self.recipe is None or not self.recipe.is_boxes or not self.recipe.pieces:
             return ""
         if same := others.get(self.recipe):
             return f" = {same}"
@@ -122,6 +122,9 @@ def _pieces(recipe: Recipe, other: Recipe) -> str:
     """What a recipe is made of: of several pieces the first that is not the other's."""
     if recipe.values is not None:
         return f"values {list(recipe.values)}"
+    if recipe.quantized is not None:
+        theirs = other.quantized.source if other.quantized is not None else other
+        return f"{recipe.quantized.part}, {recipe.quantized.scheme}, of {_pieces(recipe.quantized.source, theirs)}"
     pairs = zip_longest(recipe.pieces, other.pieces)
     at = next((index for index, (mine, theirs) in enumerate(pairs) if mine != theirs), 0)
     many = f"{len(recipe.pieces)} pieces" if len(recipe.pieces) != 1 else ""

@@ -16,6 +16,7 @@ from moecompiler.debugging.subject import Subject
 from moecompiler.errors import UserError
 from moecompiler.graph import DOMAIN, Program, is_collective
 from moecompiler.pipeline import Change, Pass, apply, run_passes
+from moecompiler.quantized import quantized_as
 from moecompiler.runtime.communicator import Alone, using_communicator
 from moecompiler.validation.difference import relative_error
 from moecompiler.validation.place import Arrays
@@ -45,7 +46,8 @@ class WithoutPeers(Alone):
 
 
 def reduce_rewrite(subject: Subject, steps: Sequence[Pass], culprit: Culprit) -> Reduced:
-    """The smallest graphs without and with the culprit's rewrite, and the inputs they have in the subject's first run.
+    """The smallest graphs without and with the culprit's rewrite, and the inputs they have in the subject's first run. Where that
+    quantizes weights, the graph without it has the numbers that codes stand for.
 
     Raises: UserError where nothing that both graphs compute depends on the difference.
     """
@@ -53,7 +55,9 @@ def reduce_rewrite(subject: Subject, steps: Sequence[Pass], culprit: Culprit) ->
     region = changed_region(before, after)
     if not region.outputs:
         raise UserError(f"reduce: after pass {culprit.name} there is no tensor that the graph before it computes too")
-    parts = _smallest(before, after, region, steps[culprit.index - 1], culprit.change)
+    without, whole = _smallest(before, after, region, steps[culprit.index - 1], culprit.change)
+    (without,) = quantized_as((without,), (whole,))
+    parts = without, whole
     names = sorted(_inputs(parts[0]) | _inputs(parts[1]))
     inputs = subject.observe(_peers(subject, steps, culprit), names, culprit.rank)
     size = sum(recipe.nbytes for recipe in {*parts[0].weights.values(), *parts[1].weights.values()})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from moecompiler.dumps import WEIGHTS, distinct_weights, write_dumps
 from moecompiler.errors import UserError
 from moecompiler.graph import Program, load_program
 from moecompiler.pipeline import Pass, apply
+from moecompiler.quantization.packing import signed, unpack_bytes
 from moecompiler.safetensors_file import map_tensor, read_header
 from moecompiler.validation.place import Arrays
 from moecompiler.weights import Recipe, Shape, TensorReader, whole
@@ -53,6 +55,8 @@ class PackedReader:
 
     def read(self, name: str, start: Shape, shape: Shape) -> np.ndarray:
         tensor = map_tensor(read_header(self.path)[name])
+        if tensor.dtype == np.uint8:  # int4, see packing.stored: whole ones alone are read
+            return signed(unpack_bytes(tensor))[: prod(shape)].reshape(shape)
         return tensor[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))]
 
 

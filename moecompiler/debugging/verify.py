@@ -7,16 +7,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moecompiler.debugging.observe import boundaries
-from moecompiler.debugging.subject import Outputs, Subject
+from moecompiler.debugging.subject import Subject
 from moecompiler.graph import Program
 from moecompiler.pipeline import Pass, PassResult, apply
+from moecompiler.quantized import formats, quantized_as
 from moecompiler.validation.difference import Difference, outputs_differ, relative_errors
+from moecompiler.validation.tolerances import against_float
 
 
 @dataclass(frozen=True)
 class Verified:
     """A pass (index from 1; 0 is what passes are given) and the numbers after it: ``before`` against the graph it was given,
-    ``hf`` against Hugging Face's model, each None where there is no such. ``results``: rank by rank. ``enters``:
+    with the numbers that codes stand for where it quantizes weights, ``hf`` against Hugging Face's model, each None where there
+    is no such. ``results``: rank by rank. ``enters``:
     the first module whose values differ, where the pass is out of tolerance and one is found."""
 
     index: int
@@ -58,10 +61,14 @@ def verify(
     reference = subject.reference() if against_hf else None
     outputs = subject.run(programs)
 
-    def against(other: Outputs | None) -> Difference | None:
-        return None if other is None else outputs_differ(outputs, other, subject.tolerance)
+    def against_hf_of(programs: Sequence[Program]) -> Difference | None:
+        if reference is None:
+            return None
+        found = formats(programs)
+        tolerance = against_float(subject.tolerance, found) if found else subject.tolerance
+        return outputs_differ(outputs, reference, tolerance)
 
-    given = Verified(0, "given", (), None, against(reference))
+    given = Verified(0, "given", (), None, against_hf_of(programs))
     yield given, programs
     if not given.passed:
         return
@@ -69,9 +76,13 @@ def verify(
         applied = [apply(step, program) for program in programs]
         made, results = tuple(each for each, _ in applied), tuple(result for _, result in applied)
         before = outputs
+        if formats(made) and not formats(programs):
+            programs = quantized_as(programs, made)
+            before = subject.run(programs)
         if any(_bytes(old) != _bytes(new) for old, new in zip(programs, made, strict=True)):
             outputs = subject.run(made)
-        row = Verified(index, step.name, results, against(before), against(reference))
+        against_before = outputs_differ(outputs, before, subject.tolerance)
+        row = Verified(index, step.name, results, against_before, against_hf_of(made))
         if not row.passed:
             row = replace(row, enters=first_difference(subject, programs, made))
         programs = made

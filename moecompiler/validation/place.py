@@ -8,18 +8,20 @@ import numpy as np
 
 from moecompiler.config import ExportOptions, ModelConfig
 from moecompiler.mapping import Mapping
+from moecompiler.quantization.recipe import QuantizationRecipe
 
 Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class RankPlace:
-    """Which rank of which model split how; what a rank's torch module is called with depends on no more."""
+    """Which rank of which model split how, quantized how; a rank's torch module depends on no more."""
 
     config: ModelConfig
     mapping: Mapping
     options: ExportOptions
     rank: int
+    quantization: QuantizationRecipe | None = None
 
     @property
     def layers(self) -> range:

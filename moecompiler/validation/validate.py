@@ -9,6 +9,7 @@ from typing import Any
 from moecompiler.artifact import Artifact
 from moecompiler.backends.base import Backend
 from moecompiler.checkpoint import Source
+from moecompiler.quantized import formats_of
 from moecompiler.reference import load_rank_module
 from moecompiler.runtime.communicator import Communicator
 from moecompiler.runtime.session import StageSession, closing
@@ -20,7 +21,7 @@ from moecompiler.validation.quality import Quality, compare, hf_logits, load_hf
 from moecompiler.validation.reference_run import RankStep, call_module, run_reference
 from moecompiler.validation.runners import OutputReport, compare_rank
 from moecompiler.validation.scenario import Scenario
-from moecompiler.validation.tolerances import Tolerance
+from moecompiler.validation.tolerances import Tolerance, against_float
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ def validate_rank(
     """Compares this rank's engine with its torch module on every scenario, the recombined ranks with HF's model, and, where
     something is out of tolerance on any rank (or ``every_part``), each part of the graph alone. Every rank gets the whole
     report."""
-    module = load_rank_module(place.config, place.mapping, place.rank, place.options, reader, "float32")
+    module = load_rank_module(
+        place.config, place.mapping, place.rank, place.options, reader, "float32", place.quantization
+    )
     engine = open_engine(artifact, backend, place.rank, threads)
     outputs: list[OutputReport] = []
     records: list[RankStep] = []
@@ -105,11 +108,13 @@ def _against_hf(
     stage: StageSession,
     communicator: Communicator,
 ) -> list[Quality]:
-    """Every rank runs its engine; the first rank of the last stage compares, and tells all."""
+    """Every rank runs its engine; the first rank of the last stage compares, and tells all. HF's weights are not quantized."""
     root = place.mapping.world_size - place.mapping.tp_size
     logits = [engine_logits(stage, place.mapping, scenario, communicator) for scenario in scenarios]
     result: list[Quality] = []
     if communicator.rank == root:
+        if place.quantization is not None:
+            tolerance = against_float(tolerance, formats_of(place.quantization))
         model = load_hf(place.config, artifact.header["source"], reader)
         for scenario, mine in zip(scenarios, logits, strict=True):
             assert mine is not None

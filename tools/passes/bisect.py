@@ -20,7 +20,7 @@ from moecompiler.tools import options as opt
 from moecompiler.tools.flags import SelectionFlags
 from moecompiler.tools.groups import grouped
 from moecompiler.tools.passes.probes import write_probe
-from moecompiler.tools.passes.target import Target, open_subject
+from moecompiler.tools.passes.target import Target, for_target, open_subject
 from moecompiler.tools.passes.verify import Seed
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def bisect(
     from moecompiler.debugging.bisect import bisect as search
 
     subject = open_subject(target, seed)
+    passes = for_target(passes, target)
     steps = passes.selection.passes()
     errors = Console(stderr=True, highlight=False)
     check = accuracy_check(subject) if command is None else _by_command(command, subject, target)
@@ -102,11 +103,19 @@ def _made(probe: Probe) -> str:
 
 
 def accuracy_check(subject: Subject) -> Callable[[Probe], bool]:
-    """Whether the numbers are, within tolerance, those before any pass."""
+    """Whether the numbers are, within tolerance, those before any pass, with the numbers that codes stand for where weights are
+    quantized."""
+    from moecompiler.quantized import formats, quantized_as
     from moecompiler.validation.difference import outputs_differ
 
-    reference = subject.run(subject.load())
-    return lambda probe: outputs_differ(subject.run(probe.programs), reference, subject.tolerance).passed
+    given = subject.load()
+    reference = subject.run(given)
+
+    def check(probe: Probe) -> bool:
+        expected = subject.run(quantized_as(given, probe.programs)) if formats(probe.programs) else reference
+        return outputs_differ(subject.run(probe.programs), expected, subject.tolerance).passed
+
+    return check
 
 
 def _by_command(command: str, subject: Subject, target: Path) -> Callable[[Probe], bool]:

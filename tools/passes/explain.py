@@ -14,7 +14,7 @@ from moecompiler.tools import options as opt
 from moecompiler.tools.flags import SelectionFlags
 from moecompiler.tools.groups import grouped
 from moecompiler.tools.job import Job, ranks_asked_for
-from moecompiler.tools.passes.target import Target, open_export
+from moecompiler.tools.passes.target import Target, for_target, open_export
 
 if TYPE_CHECKING:
     from moecompiler.graph import Program
@@ -38,6 +38,7 @@ def explain(
     from moecompiler.debugging.explain import explain as run
     from moecompiler.debugging.explain_text import explained_text
 
+    passes = for_target(passes, target)
     steps = passes.selection.passes()
     unknown = None
     for which, program in _programs(target, rank, subject):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -18,6 +19,7 @@ from moecompiler.pipeline import Pass
 from moecompiler.tools import options as opt
 from moecompiler.tools.flags import SelectionFlags
 from moecompiler.tools.groups import grouped
+from moecompiler.tools.quantization import recipe_from_flags
 
 SAID = ("needs", "must_match", "guarantees")
 
@@ -25,6 +27,7 @@ SAID = ("needs", "must_match", "guarantees")
 @grouped
 def list_(passes: SelectionFlags, as_json: opt.Json = False) -> None:
     """List the passes of a pipeline in order, then those that stand in none: what each does, needs and guarantees."""
+    passes = replace(passes, recipe=recipe_from_flags(passes))
     steps = passes.selection.passes()
     standing = {step.name for step in steps}
     mine = [describe(step, name) for name, step in passes_by_name().items() if name not in standing]

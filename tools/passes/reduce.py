@@ -14,7 +14,7 @@ from moecompiler.passes.selection import label
 from moecompiler.tools.flags import SelectionFlags
 from moecompiler.tools.groups import grouped
 from moecompiler.tools.passes.bisect import accuracy_check, culprit_json, describe
-from moecompiler.tools.passes.target import Target, open_subject
+from moecompiler.tools.passes.target import Target, for_target, open_subject
 from moecompiler.tools.passes.verify import Seed
 from moecompiler.tools.printing import byte_size
 
@@ -40,6 +40,7 @@ def reduce(
     if output.exists():
         raise UserError(f"--output {output}: is there already; give a new folder")
     subject = open_subject(target, seed)
+    passes = for_target(passes, target)
     steps = passes.selection.passes()
     given = culprit_of(subject, steps, rank, rewrite) if rewrite is not None else None
     culprit = given or bisect(subject, steps, accuracy_check(subject))

@@ -13,7 +13,7 @@ from moecompiler.errors import UserError
 from moecompiler.passes.selection import label
 from moecompiler.tools.flags import SelectionFlags
 from moecompiler.tools.groups import grouped
-from moecompiler.tools.passes.target import Target, open_subject
+from moecompiler.tools.passes.target import Target, for_target, open_subject
 from moecompiler.tools.passes.verify import OUT_OF_TOLERANCE, AgainstHF, Seed
 from moecompiler.tools.printing import byte_size
 
@@ -43,6 +43,7 @@ def report(
 
     if output.is_dir() or not output.parent.is_dir():
         raise UserError(f"--output {output}: {'is a directory' if output.is_dir() else 'its directory is not there'}")
+    passes = for_target(passes, target)
     steps = passes.selection.passes()
     subject = open_subject(target, seed)
     errors = Console(stderr=True)

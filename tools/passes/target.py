@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,9 @@ import typer
 
 from moecompiler.artifact import Artifact
 from moecompiler.errors import UserError
+from moecompiler.tools.flags import SelectionFlags
 from moecompiler.tools.job import Job
+from moecompiler.tools.quantization import checked_recipe, recipe_from_flags
 
 if TYPE_CHECKING:
     from moecompiler.backends.base import EngineLimits
@@ -42,6 +45,17 @@ def open_subject(target: Path, seed: int = 0) -> Subject:
     source = open_source(job.source, job.model)
     scenarios, limits = _scenarios(job, seed)
     return ExportedRanks(artifact.directory, places, job.source, source, scenarios, limits)
+
+
+def for_target(passes: SelectionFlags, target: Path) -> SelectionFlags:
+    """With what is to be quantized: as the options say, or without any, as those did that the target was made with.
+
+    Raises: UserError where the target's model cannot be quantized so.
+    """
+    if target.suffix == ".onnx":
+        return replace(passes, recipe=recipe_from_flags(passes))
+    job = Job.of(open_export(target))
+    return replace(passes, recipe=checked_recipe(passes, job.model, job.mapping) or job.quantization)
 
 
 def open_export(target: Path) -> Artifact:

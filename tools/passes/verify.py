@@ -17,7 +17,7 @@ from moecompiler.passes.selection import label
 from moecompiler.tools import options as opt
 from moecompiler.tools.flags import SelectionFlags
 from moecompiler.tools.groups import grouped
-from moecompiler.tools.passes.target import Target, open_subject
+from moecompiler.tools.passes.target import Target, for_target, open_subject
 from moecompiler.tools.printing import wide_console
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def verify(
 
     Exit status 1 where a pass is out of tolerance: the first such pass is the last that runs.
     """
-    rows = verified_rows(open_subject(target, seed), passes, hf)
+    rows = verified_rows(open_subject(target, seed), for_target(passes, target), hf)
     if as_json:
         print(json.dumps([row.to_json() for row in rows], indent=2))
     else:

@@ -1,0 +1,76 @@
+"""Tensors from recipes, quantized ones too."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+
+from moecompiler.errors import UserError
+from moecompiler.quantization.arithmetic import dequantize, quantize
+from moecompiler.quantization.packing import less_eight
+from moecompiler.quantization.schemes import Format, WeightScheme
+from moecompiler.weights import NUMPY_DTYPES, Part, Quantized, Recipe, TensorReader, materialize
+
+_THREADS = 4  # numpy lets them calculate at the same time; with fewer cores they take turns
+
+
+class Materializer:
+    """Makes tensors from what ``reader`` reads.
+
+    The parts of a quantized weight are asked for one after another: what is left of the last one is kept, so that a weight is
+    read and quantized once. At most one float weight and one quantized one are in memory. Threads may share it.
+    """
+
+    def __init__(self, reader: TensorReader):
+        self._reader = reader
+        self._last: tuple[Recipe, WeightScheme] | None = None
+        self._parts: dict[Part, np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    def tensor(self, recipe: Recipe) -> np.ndarray:
+        """A C-contiguous array of ``recipe.shape`` and dtype, nobody else's.
+
+        Raises: OverflowError where a finite weight does not fit the recipe's dtype; UserError where a weight to be quantized
+        holds NaN or infinity, or blocks do not divide its input features.
+        """
+        if recipe.quantized is None:
+            return materialize(recipe, self._reader)
+        with self._lock:
+            array = self._part(recipe.quantized)
+        if array.dtype != NUMPY_DTYPES[recipe.dtype]:
+            raise ValueError(f"{recipe.quantized.part} of {recipe.quantized.scheme} are not {recipe.dtype}")
+        return array.reshape(recipe.shape)
+
+    def _part(self, quantized: Quantized) -> np.ndarray:
+        key = quantized.source, quantized.scheme
+        if key != self._last or quantized.part not in self._parts:
+            self._last, self._parts = None, {}
+            self._parts = _parts_of(quantized, self._reader)
+            self._last = key
+        return self._parts.pop(quantized.part)
+
+
+def _parts_of(quantized: Quantized, reader: TensorReader) -> dict[Part, np.ndarray]:
+    """All parts of a quantized weight; of its numbers, those alone.
+
+    TensorRT knows no unsigned codes: those with zero points are stored less 8, and so are the zero points, which changes no
+    difference of the two.
+    """
+    source, scheme = quantized.source, quantized.scheme
+    weight = materialize(source, reader)
+    try:
+        made = quantize(weight, scheme, source.dtype, _THREADS)
+    except ValueError as error:
+        first, *others = sorted(source.sources)
+        names = f"{first}, or {others[-1]}" if others else first
+        raise UserError(f"{names}: cannot be quantized: {error}") from None
+    del weight
+    if quantized.part is Part.WEIGHT:
+        numbers = dequantize(made, source.dtype)
+        return {Part.WEIGHT: np.ascontiguousarray(numbers.transpose(quantized.perm or range(numbers.ndim)))}
+    unsigned = scheme.format is Format.UINT4
+    parts = {Part.CODES: less_eight(made.codes) if unsigned else made.codes, Part.SCALES: made.scales}
+    if made.zero_points is not None:
+        parts[Part.ZERO_POINTS] = less_eight(made.zero_points)
+    return parts

@@ -1,0 +1,119 @@
+"""Which weights of a program are quantized how, and the numbers they then stand for."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moecompiler.errors import UserError
+from moecompiler.graph import Program
+from moecompiler.quantization.recipe import QuantizationRecipe, Rule
+from moecompiler.quantization.schemes import Format, WeightScheme
+from moecompiler.weights import Part, Quantized, Recipe, Shape
+
+# what may be quantized: attention's projections and the experts
+_LINEAR = re.compile(r".*\.self_attn\.[qkvo]_proj|.*\.block_sparse_moe\.experts\..*")
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Tensors that are one weight and are to be quantized differently."""
+
+    first: str
+    second: str
+
+    def __str__(self) -> str:
+        return f"{self.first} and {self.second} are one weight here, and are to be quantized differently"
+
+
+def published_name(source: str) -> str:
+    """A tensor's name as recipes know it: ``transformers`` 5 calls experts' modules otherwise than checkpoints do."""
+    return source.removesuffix(".weight").replace(".mlp.experts.", ".block_sparse_moe.experts.")
+
+
+def scheme_for(recipe: Recipe, plan: QuantizationRecipe) -> WeightScheme | Mixed | None:
+    """How ``plan`` quantizes a weight; None where it keeps it, or it is none that may be quantized."""
+    if not recipe.is_boxes or len(recipe.shape) < 2:
+        return None
+    names = sorted(map(published_name, recipe.sources))
+    schemes = {name: plan.scheme_of(name) if _LINEAR.fullmatch(name) else None for name in names}
+    for name in names[1:]:
+        if schemes[name] != schemes[names[0]]:
+            return Mixed(names[0], name)
+    return schemes[names[0]] if names else None
+
+
+def quantized_weights(weights: Mapping[str, Recipe], plan: QuantizationRecipe) -> dict[str, Any]:
+    """What ``inspect`` shows: how many weights are held as codes of which scheme, and which are not although ``plan`` says so."""
+    codes = [
+        recipe.quantized for recipe in weights.values() if recipe.quantized and recipe.quantized.part is Part.CODES
+    ]
+    left = {published_name(source) for r in weights.values() if scheme_for(r, plan) is not None for source in r.sources}
+    return {"schemes": dict(sorted(Counter(str(each.scheme) for each in codes).items())), "kept": sorted(left)}
+
+
+def without(plan: QuantizationRecipe, kept: Iterable[str]) -> QuantizationRecipe:
+    """The plan, but for weights of these names, which are kept as they are."""
+    return plan.overridden(QuantizationRecipe(tuple(Rule(name, None) for name in kept)))
+
+
+def formats_of(plan: QuantizationRecipe) -> frozenset[Format]:
+    """The formats that weights may be in."""
+    return frozenset(rule.scheme.format for rule in plan.rules if rule.scheme is not None)
+
+
+def numbers_by(plan: QuantizationRecipe, recipe: Recipe) -> Recipe:
+    """The weight ``[..., out, in]`` as it is after quantizing by ``plan``: itself, or the numbers that its codes stand for.
+
+    Raises: UserError where it is of tensors that are to be quantized differently.
+    """
+    scheme = scheme_for(recipe, plan)
+    if isinstance(scheme, Mixed):
+        raise UserError(str(scheme))
+    return recipe if scheme is None else numbers_of(recipe, scheme)
+
+
+def numbers_of(recipe: Recipe, scheme: WeightScheme, *, transposed: bool = False) -> Recipe:
+    """The weight that the codes of ``recipe`` ``[..., out, in]`` stand for; ``transposed``: it, and the result, are
+    ``[..., in, out]``."""
+    perm = _swapped(len(recipe.shape))
+    source = recipe.transposed(perm) if transposed else recipe
+    quantized = Quantized(source, scheme, Part.WEIGHT, perm if transposed else ())
+    return Recipe(recipe.dtype, recipe.shape, quantized=quantized)
+
+
+def formats(programs: Iterable[Program]) -> frozenset[Format]:
+    """The formats that weights of the programs are in as codes."""
+    recipes = (recipe for program in programs for recipe in program.weights.values())
+    return frozenset(r.quantized.scheme.format for r in recipes if r.quantized and r.quantized.part is Part.CODES)
+
+
+def quantized_as(programs: Iterable[Program], quantized: Iterable[Program]) -> tuple[Program, ...]:
+    """The programs with the numbers that codes stand for in place of each weight of which ``quantized``, the same ranks' programs
+    after passes, have codes: what those should compute, without quantized ops."""
+    return tuple(_with_numbers(mine, theirs.weights.values()) for mine, theirs in zip(programs, quantized, strict=True))
+
+
+def _with_numbers(program: Program, quantized: Iterable[Recipe]) -> Program:
+    schemes: dict[str, tuple[WeightScheme, Shape]] = {}
+    for recipe in quantized:
+        if recipe.quantized is not None and recipe.quantized.part is Part.CODES:
+            for piece in recipe.quantized.source.pieces:
+                schemes[piece.source] = recipe.quantized.scheme, piece.perm
+    return replace(program, weights={name: _numbers(recipe, schemes) for name, recipe in program.weights.items()})
+
+
+def _numbers(recipe: Recipe, schemes: Mapping[str, tuple[WeightScheme, Shape]]) -> Recipe:
+    known = recipe.is_boxes and len(recipe.shape) >= 2 and recipe.pieces
+    if not known or not all(piece.source in schemes for piece in recipe.pieces):
+        return recipe
+    piece = recipe.pieces[0]
+    scheme, perm = schemes[piece.source]
+    return numbers_of(recipe, scheme, transposed=piece.perm[-2:] != perm[-2:])
+
+
+def _swapped(rank: int) -> Shape:
+    return (*range(rank - 2), rank - 1, rank - 2)

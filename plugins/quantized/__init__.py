@@ -1,0 +1,1 @@
+"""Ops that take quantized weights: codes, scales and zero points."""

@@ -1,0 +1,106 @@
+"""How the bodies of quantized ops say which numbers codes stand for, and ``Dequantize…``, the op that says no more.
+
+Codes are rows: ``[rows, in]``, the rows of a layer's experts one below the other. TensorRT (10.6) dequantizes per row with
+scales ``[rows]`` and ``axis`` 0, int4 in blocks with scales ``[rows, in / block]``, and nothing of more axes; and it knows no
+zero points. Where there are such, the codes themselves are taken as numbers (a scale of 1), and what is subtracted and
+multiplied stands in the body. That is exact: codes less zero points are small integers, and the product is rounded once, as
+``DequantizeLinear`` rounds it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moecompiler.ops import OpSpec, Value
+from moecompiler.quantization.schemes import Format, Granularity, WeightScheme
+
+_CODES = {Format.INT8: "int8", Format.INT4: "int4", Format.UINT4: "int4"}
+_NAMES = {Format.INT8: "Int8", Format.INT4: "Int4", Format.UINT4: "Int4Asymmetric"}
+
+
+@dataclass(frozen=True)
+class Form:
+    """What of a scheme an op's name tells: all but the size of blocks, which is an attribute, ``block_size``."""
+
+    format: Format
+    blocks: bool
+
+    @property
+    def name(self) -> str:
+        """The end of an op's name: a graph holds one body for each name."""
+        return _NAMES[self.format] + ("" if self.blocks or self.format is Format.INT8 else "Rows")
+
+    @property
+    def codes_dtype(self) -> str:
+        """Of the codes, as ONNX has it. Those with zero points are stored less 8: TensorRT knows no unsigned ones."""
+        return _CODES[self.format]
+
+    @property
+    def asymmetric(self) -> bool:
+        return self.format is Format.UINT4
+
+    @property
+    def attributes(self) -> dict[str, type]:
+        return {"block_size": int} if self.blocks else {}
+
+    def values(self, weight: str, rows: str, columns: str) -> tuple[Value, ...]:
+        """The inputs that stand for ``weight`` ``[rows, columns]``."""
+        scales = (rows, f"{columns}_blocks") if self.blocks else (rows,)
+        values = (Value(f"{weight}_codes", (rows, columns), self.codes_dtype), Value(f"{weight}_scales", scales))
+        return (*values, Value(f"{weight}_zero_points", scales, "int8")) if self.asymmetric else values
+
+    def body(self, weight: str, result: str) -> str:
+        """From these inputs to ``result`` ``[rows, columns]`` of the scales' type."""
+        how = "axis = 1, block_size: int = @block_size" if self.blocks else "axis = 0"
+        text = _ASYMMETRIC if self.asymmetric else _SYMMETRIC
+        return text.format(w=weight, how=how, result=result)
+
+
+_SYMMETRIC = """
+    {result} = DequantizeLinear<{how}>({w}_codes, {w}_scales)
+"""
+
+_ASYMMETRIC = """
+    {w}_one_float = Constant<value_float = 1.0>()
+    {w}_one = CastLike({w}_one_float, {w}_scales)
+    {w}_scales_shape = Shape({w}_scales)
+    {w}_ones = Expand({w}_one, {w}_scales_shape)
+    {w}_steps = DequantizeLinear<{how}>({w}_codes, {w}_ones)
+    {w}_zeros = DequantizeLinear({w}_zero_points, {w}_one)
+    {w}_last = Constant<value_ints = [-1]>()
+    {w}_grouped_shape = Concat<axis = 0>({w}_scales_shape, {w}_last)
+    {w}_grouped = Reshape({w}_steps, {w}_grouped_shape)
+    {w}_zeros_grouped = Unsqueeze({w}_zeros, {w}_last)
+    {w}_scales_grouped = Unsqueeze({w}_scales, {w}_last)
+    {w}_differences = Sub({w}_grouped, {w}_zeros_grouped)
+    {w}_products = Mul({w}_differences, {w}_scales_grouped)
+    {w}_shape = Shape({w}_steps)
+    {result} = Reshape({w}_products, {w}_shape)
+"""
+
+
+def form_of(scheme: WeightScheme) -> Form | None:
+    """None for schemes that graphs have no ops for."""
+    if scheme.format not in _CODES or scheme.granularity is Granularity.TENSOR:
+        return None
+    return Form(scheme.format, scheme.granularity is Granularity.BLOCK)
+
+
+def forms() -> tuple[Form, ...]:
+    """All that graphs have ops for."""
+    return (
+        Form(Format.INT8, False),
+        *(Form(f, blocks) for f in (Format.INT4, Format.UINT4) for blocks in (True, False)),
+    )
+
+
+def dequantize_spec(form: Form) -> OpSpec:
+    """``DequantizeInt8``, …: codes → weight ``[rows, columns]``."""
+    return OpSpec(
+        name=f"Dequantize{form.name}",
+        inputs=form.values("weight", "rows", "columns"),
+        outputs=(Value("y", ("rows", "columns")),),
+        attributes=form.attributes,
+        body=form.body("weight", "y"),
+        weights=("weight",),
+    )

@@ -1,0 +1,48 @@
+"""The command line's options of quantization; the others are in ``options``."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_PANEL = "Quantization"
+
+
+class WeightOnlyPrecision(StrEnum):
+    """What TensorRT-LLM's ``--weight_only_precision`` takes."""
+
+    int8 = "int8"
+    int4 = "int4"
+
+
+UseWeightOnly = Annotated[
+    bool,
+    typer.Option("--use_weight_only", help="Quantize the weights of attention and experts.", rich_help_panel=_PANEL),
+]
+WeightOnlyPrecisionOption = Annotated[
+    WeightOnlyPrecision | None,
+    typer.Option(
+        "--weight_only_precision",
+        metavar="FORMAT",
+        help="int8 (default): a scale for each row; int4: one for each group of a row.",
+        rich_help_panel=_PANEL,
+    ),
+]
+GroupSize = Annotated[
+    int | None,
+    typer.Option(
+        "--group_size", help="Weights of a row that share a scale, for int4 (default: 128).", rich_help_panel=_PANEL
+    ),
+]
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--quantization",
+        metavar="FILE",
+        help="YAML or JSON: which weights are quantized how, by name pattern.",
+        rich_help_panel=_PANEL,
+    ),
+]
