@@ -64,11 +64,11 @@ class NodeKernels:
             "E_BLOCK": max(16, experts) if tokens > 1 else max(2, experts),
             "L_BLOCK": self.local_block,
             "K_BLOCK": power_of_two(sizes.top_k),
-            "H_BLOCK": 256 if tokens > 1 else max(64, min(power_of_two(sizes.hidden), 32768 // max(2, experts))),
+            "H_BLOCK": 512 if tokens > 1 else max(64, min(power_of_two(sizes.hidden), 32768 // max(2, experts))),
             "T_BLOCK": tokens,
         }
         types = "x:T router:T expert_ids:L chosen:I weights:F counts:I tokens:i32"
-        return self._kernel("routing_kernels", "route", types, constants, *((4, 4) if tokens > 1 else (16, 1)))
+        return self._kernel("routing_kernels", "route", types, constants, *((2, 3) if tokens > 1 else (16, 1)))
 
     def one(self, tiles: One) -> dict[Key, Kernel]:
         """For one token."""

@@ -220,18 +220,18 @@ def tactics(op: str, attributes: Mapping[str, Any], dims: Dims, dtype: str, sm: 
         return ()
     sizes = Sizes(hidden, intermediate, experts, local, attributes["top_k"], attributes["normalization_mode"])
     few = (Few(16, stages=4), Few(32, stages=4), Few(64))
+    common = (sizes, dtype, sm, One())
+    if sm == 90 and local <= 64:
+        grouped = MoETactic("grouped", *common, few, (Grouped(),), multiprocessors(sm))
+        return grouped, replace(grouped, name="grouped early", few=few[:1])
     # narrow tiles as long as tokens do not fill an expert's; smaller last ones as long as they save much of the work
     narrow_limit, tails_limit = (max(1, rows * experts // sizes.top_k) for rows in (40, 240))
     narrow = Many(narrow_limit, 64, Tile(64, 128, 3, 4), Tile(128, 128, 4, 4))
     whole = Many(0, 128, Tile(128), Tile(256))
     tails = replace(whole, tails=True)
-    mixed = MoETactic(
-        "mixed", sizes, dtype, sm, One(), few, (narrow, replace(tails, tokens=tails_limit), whole), multiprocessors(sm)
-    )
-    grouped = replace(mixed, name="grouped", many=(Grouped(),))
-    own = (grouped, replace(grouped, name="grouped early", few=few[:1])) if sm == 90 and local <= 64 else ()
+    limited = (narrow, replace(tails, tokens=tails_limit), whole)
+    mixed = MoETactic("mixed", *common, few, limited, multiprocessors(sm))
     return (
-        *own,
         mixed,
         replace(mixed, name="whole", many=(narrow, whole)),
         replace(mixed, name="tails", many=(narrow, tails)),
