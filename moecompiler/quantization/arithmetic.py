@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from moecompiler.quantization.chunks import as_matrices, each_chunk
+from moecompiler.quantization.chunks import Scratch, as_matrices, each_chunk
 from moecompiler.quantization.encodings import (
     decode_e2m1,
     decode_e4m3,
@@ -30,6 +30,8 @@ from moecompiler.quantization.schemes import Format, Granularity, QuantizedTenso
 from moecompiler.weights import NUMPY_DTYPES, Shape
 
 _TABLE = 1 << 16  # different numbers of 16 bits
+
+Encoder = Callable[[np.ndarray, np.ndarray, int, slice, Scratch], None]  # chunk, its codes, matrix, rows, memory
 
 
 def quantize(weight: np.ndarray, scheme: WeightScheme, scale_dtype: str, threads: int = 1) -> QuantizedTensor:
@@ -50,8 +52,8 @@ def encode(weight: np.ndarray, scheme: WeightScheme, scales: Scales, threads: in
         raise ValueError(f"scales {scales.scales.shape} for a weight that takes {scheme.scale_shape(weight.shape)}")
     matrices = as_matrices(weight, weight.ndim - 2)
 
-    def check(m: int, rows: slice) -> None:
-        if not np.isfinite(largest_magnitude(matrices[m, rows])).all():
+    def check(m: int, rows: slice, scratch: Scratch) -> None:
+        if not np.isfinite(largest_magnitude(matrices[m, rows], scratch)).all():
             raise ValueError("the weight holds NaN or infinity")
 
     each_chunk(check, weight.shape, threads)
@@ -90,9 +92,9 @@ def _encode_weight(weight: np.ndarray, scheme: WeightScheme, scales: Scales, thr
 
     into, matrices = as_matrices(codes, weight.ndim - 2), as_matrices(weight, weight.ndim - 2)
 
-    def work(m: int, rows: slice) -> None:
+    def work(m: int, rows: slice, scratch: Scratch) -> None:
         with np.errstate(over="ignore"):  # which saturates, too
-            into[m, rows] = encode_chunk(matrices[m, rows], m, rows)
+            encode_chunk(matrices[m, rows], into[m, rows], m, rows, scratch)
 
     each_chunk(work, weight.shape, threads)
     return QuantizedTensor(scheme, codes, scales.scales, scales.zero_points, scales.global_scale)
@@ -118,44 +120,45 @@ def _broadcast(values: np.ndarray, scheme: WeightScheme) -> np.ndarray:
 
 def _by_division(
     scheme: WeightScheme, multipliers: np.ndarray, zero_points: np.ndarray | None, shape: Shape
-) -> Callable[[np.ndarray, int, slice], np.ndarray]:
+) -> Encoder:
     lead = len(shape) - 2
 
     def of_chunk(values: np.ndarray, m: int, rows: slice) -> np.ndarray:
         matrix = as_matrices(values, lead)[m]
         return _broadcast(matrix if scheme.granularity is Granularity.TENSOR else matrix[rows], scheme)
 
-    def encode_chunk(chunk: np.ndarray, m: int, rows: slice) -> np.ndarray:
+    def encode_chunk(chunk: np.ndarray, codes: np.ndarray, m: int, rows: slice, scratch: Scratch) -> None:
         divisors = of_chunk(multipliers, m, rows)
-        quotients = widen(chunk).reshape(*divisors.shape[:-1], -1)
+        quotients = widen(chunk, scratch).reshape(*divisors.shape[:-1], -1)
         np.divide(quotients, divisors, out=quotients)
         if zero_points is not None:
             np.rint(quotients, out=quotients)  # before the zero point is added, as ONNX has it
             quotients += of_chunk(zero_points, m, rows).astype(np.float32)
-        return _encode(quotients, scheme.format).reshape(chunk.shape)
+        _encode(quotients.reshape(chunk.shape), codes, scheme.format)
 
     return encode_chunk
 
 
-def _by_table(
-    dtype: np.dtype, scheme: WeightScheme, multipliers: np.ndarray
-) -> Callable[[np.ndarray, int, slice], np.ndarray]:
+def _by_table(dtype: np.dtype, scheme: WeightScheme, multipliers: np.ndarray) -> Encoder:
     """With one scale, 16-bit floats are few different numbers: each is encoded once and looked up from then on, several times
     as fast."""
     every = widen(np.arange(_TABLE, dtype=np.uint16).view(dtype))
     every[~np.isfinite(every)] = 0
+    tables = np.empty((len(multipliers), _TABLE), scheme.format.dtype)
     with np.errstate(over="ignore"):
-        tables = [_encode(every / multiplier, scheme.format).view(np.uint8) for multiplier in multipliers]
+        for table, multiplier in zip(tables, multipliers, strict=True):
+            _encode(every / multiplier, table, scheme.format)
 
-    def encode_chunk(chunk: np.ndarray, m: int, rows: slice) -> np.ndarray:
-        return np.take(tables[m], chunk.view(np.uint16), mode="clip").view(scheme.format.dtype)
+    def encode_chunk(chunk: np.ndarray, codes: np.ndarray, m: int, rows: slice, scratch: Scratch) -> None:
+        np.take(tables[m].view(np.uint8), chunk.view(np.uint16), out=codes.view(np.uint8), mode="clip")
 
     return encode_chunk
 
 
-def _encode(quotients: np.ndarray, format_: Format) -> np.ndarray:
+def _encode(quotients: np.ndarray, codes: np.ndarray, format_: Format) -> None:
     if format_ is Format.E4M3:
-        return encode_e4m3(quotients)
-    if format_ is Format.E2M1:
-        return encode_e2m1(quotients)
-    return encode_integer(quotients, np.uint8 if format_ is Format.UINT4 else np.int8, *format_.range)
+        codes[...] = encode_e4m3(quotients)
+    elif format_ is Format.E2M1:
+        codes[...] = encode_e2m1(quotients)
+    else:
+        encode_integer(quotients, codes, *format_.range)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moecompiler.quantization.chunks import as_matrices, each_chunk
+from moecompiler.quantization.chunks import Scratch, as_matrices, each_chunk
 from moecompiler.quantization.encodings import (
     E2M1_MAX,
     E4M3,
@@ -58,14 +58,14 @@ def find_scales(weight: np.ndarray, scheme: WeightScheme, scale_dtype: str, thre
 
     matrices, into = as_matrices(weight, lead), as_matrices(found.scales, lead)
 
-    def work(m: int, rows: slice) -> None:
+    def work(m: int, rows: slice, scratch: Scratch) -> None:
         groups = matrices[m, rows].reshape(*into[m, rows].shape, -1)
         if found.zero_points is not None:
-            scales, as_matrices(found.zero_points, lead)[m, rows] = _asymmetric(groups, scheme, scale_dtype)
+            scales, as_matrices(found.zero_points, lead)[m, rows] = _asymmetric(groups, scheme, scale_dtype, scratch)
         elif global_scale is not None:
-            scales = _block_scales(groups, global_scale.reshape(-1)[m])
+            scales = _block_scales(groups, global_scale.reshape(-1)[m], scratch)
         else:
-            scales = positive(_maxima(groups) / np.float32(scheme.format.largest), scale_dtype)
+            scales = positive(_maxima(groups, scratch) / np.float32(scheme.format.largest), scale_dtype)
         into[m, rows] = scales
 
     each_chunk(work, shape, threads)
@@ -86,9 +86,9 @@ def positive(scales: np.ndarray, dtype: str) -> np.ndarray:
     return np.where(rounded == 0, least, rounded)
 
 
-def _maxima(groups: np.ndarray) -> np.ndarray:
+def _maxima(groups: np.ndarray, scratch: Scratch) -> np.ndarray:
     """The largest magnitudes along the last axis, float32. Raises: ValueError for NaN or infinity."""
-    return _finite(largest_magnitude(groups))
+    return _finite(largest_magnitude(groups, scratch))
 
 
 def _finite(extremes: np.ndarray) -> np.ndarray:
@@ -102,24 +102,28 @@ def _matrix_maxima(weight: np.ndarray, threads: int) -> np.ndarray:
     per_row = np.zeros(weight.shape[:-1], np.float32)
     into, matrices = as_matrices(per_row, weight.ndim - 2), as_matrices(weight, weight.ndim - 2)
 
-    def work(m: int, rows: slice) -> None:
-        into[m, rows] = _maxima(matrices[m, rows])
+    def work(m: int, rows: slice, scratch: Scratch) -> None:
+        into[m, rows] = _maxima(matrices[m, rows], scratch)
 
     each_chunk(work, weight.shape, threads)
     return per_row.max(axis=-1, initial=0)
 
 
-def _asymmetric(groups: np.ndarray, scheme: WeightScheme, scale_dtype: str) -> tuple[np.ndarray, np.ndarray]:
+def _asymmetric(
+    groups: np.ndarray, scheme: WeightScheme, scale_dtype: str, scratch: Scratch
+) -> tuple[np.ndarray, np.ndarray]:
     """Scales and zero points along the last axis. Zero is a code, so that what was exactly zero stays so."""
-    wide = widen(groups)
+    wide = widen(groups, scratch)
     low, high = _finite(extreme(np.minimum, wide)), _finite(extreme(np.maximum, wide))
     scales = positive((high - low) / np.float32(scheme.format.largest), scale_dtype)
-    return scales, encode_integer(-low / widen(scales), np.uint8, *scheme.format.range)
+    zero_points = np.empty(low.shape, np.uint8)
+    encode_integer(-low / widen(scales), zero_points, *scheme.format.range)
+    return scales, zero_points
 
 
-def _block_scales(groups: np.ndarray, global_scale: np.float32) -> np.ndarray:
+def _block_scales(groups: np.ndarray, global_scale: np.float32, scratch: Scratch) -> np.ndarray:
     """NVFP4's, ``float8_e4m3fn``: blocks of zeros get 1, and no scale becomes 0 or NaN."""
-    scales = _maxima(groups) / (np.float32(E2M1_MAX) * global_scale)
+    scales = _maxima(groups, scratch) / (np.float32(E2M1_MAX) * global_scale)
     return encode_e4m3(
         np.clip(np.where(scales == 0, np.float32(1), scales), np.float32(E4M3_TINY), np.float32(E4M3_MAX))
     )

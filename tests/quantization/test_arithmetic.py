@@ -170,13 +170,16 @@ def test_gptqs_order_is_undone() -> None:
 
 @EACH_SCHEME
 @pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_refused(scheme: WeightScheme, odd: float) -> None:
+def test_what_is_not_finite_is_refused(scheme: WeightScheme, odd: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "CHUNK", 64)
     original = weight("bfloat16")
     found = find_scales(original, scheme, "bfloat16")
     original[1, 2, 3] = odd
-    for attempt in (lambda: quantize(original, scheme, "bfloat16"), lambda: encode(original, scheme, found)):
+    for threads in (1, 2):
         with pytest.raises(ValueError, match="NaN or infinity"):
-            attempt()
+            quantize(original, scheme, "bfloat16", threads)
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            encode(original, scheme, found, threads)
 
 
 def test_scales_beyond_float16_are_refused() -> None:
