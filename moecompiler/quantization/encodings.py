@@ -27,7 +27,7 @@ _BLOCK = 1 << 14  # elements whose intermediate results stay in a core's cache, 
 
 
 def widen(values: np.ndarray, new: New = np.empty) -> np.ndarray:
-    """float16, bfloat16 or float32 as another float32 array, exactly, in memory from ``new``. Raises: TypeError for other dtypes."""
+    """float16, bfloat16 or float32 as a float32 array in memory from ``new``, exactly. Raises: TypeError for other dtypes."""
     if values.dtype == BFLOAT16:  # its bits are the upper half of a float32's; several times as fast as ml_dtypes' cast
         bits = new(values.shape, np.uint32)
         bits[...] = values.view(np.uint16)
