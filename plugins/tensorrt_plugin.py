@@ -25,6 +25,7 @@ from moecompiler.plugins.driver import Function, load, run
 from moecompiler.plugins.fields import CUBINS, PLAN, Baked, BakedTactic, fingerprint, pack, unpack
 from moecompiler.plugins.launch import AnyKernel, Cubin, Dims, Tactic, scratch_bytes
 from moecompiler.plugins.library import PluginOp
+from moecompiler.plugins.lifetime import never_freed
 from moecompiler.plugins.tactics import tactics
 from moecompiler.runtime.device import checked, driver
 
@@ -62,6 +63,7 @@ class FusedOp(*_BASES):  # type: ignore[misc]
     def __init__(self, op: PluginOp, baked: Baked, modules: Modules):
         for base in _BASES:
             base.__init__(self)
+        never_freed(self)
         self.plugin_name, self.plugin_namespace = plugin_name(op.spec.name), DOMAIN
         self.plugin_version = str(VERSION)
         self.num_outputs = len(op.spec.outputs)

@@ -66,7 +66,7 @@ struct Position {  // in a ring of stages
 // Rows past the end see what the tile's first row sees, and are not written.
 __forceinline__ int position_of(const int64_t* positions, const Tile& tile, int row, const Sizes& sizes) {
   int token = tile.token + row < sizes.length ? tile.token + row : tile.token;
-  return min(int(positions[int64_t(tile.sequence) * sizes.length + token]), sizes.slots - 1);
+  return max(0, min(int(positions[int64_t(tile.sequence) * sizes.length + token]), sizes.slots - 1));
 }
 
 __forceinline__ void fetch(Shared& shared, uint32_t keys_at, uint32_t values_at, const TensorMap* keys, const TensorMap* values,

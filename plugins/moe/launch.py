@@ -154,7 +154,7 @@ class MoETactic:
         self, many: Many, arena: Arena, chosen: Workspace, weights: Workspace, counts: Workspace, tokens: int
     ) -> list[_Step]:
         sizes = self.sizes
-        routed = tokens * min(sizes.top_k, sizes.local)
+        routed = tokens * sizes.top_k
         row_tiles = -(-routed // many.rows) + sizes.local
         rows = row_tiles * many.rows
         places = arena.take(4 * tokens * sizes.top_k)
@@ -184,7 +184,7 @@ class MoETactic:
     ) -> list[_Step]:
         sizes = self.sizes
         hidden, intermediate, local = sizes.hidden, sizes.intermediate, sizes.local
-        rows = tokens * min(sizes.top_k, local)
+        rows = tokens * sizes.top_k
         places, totals = arena.take(4 * tokens * sizes.top_k), arena.take(4 * self._made.local_block)
         sorted_x, inner, results = (arena.take(2 * rows * columns) for columns in (hidden, intermediate, hidden))
         blocks = -(-tokens // ROUTED_TOKENS)

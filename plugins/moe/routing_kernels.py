@@ -104,8 +104,8 @@ def route(
 
     local = tl.arange(0, L_BLOCK)
     ids = tl.load(expert_ids + local, mask=local < LOCAL, other=-2).to(tl.int32)
-    here = experts[:, :, None] == ids[None, None, :]
-    index = tl.sum(tl.where(here, local[None, None, :] + 1, 0), 2) - 1
+    # one local expert at most, also of ids that are all the same, as where tactics are timed
+    index = tl.max(tl.where(experts[:, :, None] == ids[None, None, :], local[None, None, :], -1), 2)
 
     token = first_token + tl.arange(0, T_BLOCK)[:, None]
     place = tl.arange(0, K_BLOCK)[None, :]
@@ -113,7 +113,8 @@ def route(
     tl.store(chosen + token * TOP_K + place, index, mask=there)
     tl.store(weights + token * TOP_K + place, shares, mask=there)
     if T_BLOCK > 1:
-        rows = tl.sum(tl.sum((here & there[:, :, None]).to(tl.int32), 1), 0)
+        here = (index[:, :, None] == local[None, None, :]) & there[:, :, None]
+        rows = tl.sum(tl.sum(here.to(tl.int32), 1), 0)
         tl.store(counts + tl.program_id(0) * L_BLOCK + local, rows)
 
 

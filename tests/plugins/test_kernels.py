@@ -121,6 +121,22 @@ def test_all_tokens_on_one_expert(interpreting: ProcessPoolExecutor, tokens: int
     compare(interpreting, moe_spec(NormalizationMode.RENORMALIZE, 1), attributes, inputs, tactic=tactic)
 
 
+@pytest.mark.parametrize("tokens", [3, 19])
+def test_ids_that_are_no_ids(interpreting: ProcessPoolExecutor, tokens: int) -> None:
+    """Where TensorRT times tactics, all expert ids may be the same: a row goes to one of them, and nothing beyond memory."""
+    attributes = {"top_k": 2, "normalization_mode": 1}
+    inputs = moe_inputs(tokens, 5, (0, 0, 0), 24, 40)
+    tactic = default(attributes, inputs)
+    if tokens > 3:
+        tile = Tile(16, 16)
+        tactic = dataclasses.replace(tactic, one=None, few=(), many=(Many(0, 16, tile, tile),), processors=2)
+    last = [*inputs[:2], inputs[2][2:], inputs[3][2:], inputs[4][2:]]
+    (want,) = run_op(moe_spec(NormalizationMode.RENORMALIZE, 2), attributes, *last)
+    output = torch.full_like(inputs[0], float("nan"))
+    (got,) = interpreting.submit(interpret, "MoE", attributes, "float16", inputs, [output], tactic).result()
+    assert_close(got, torch.from_numpy(want))
+
+
 def test_bfloat16(interpreting: ProcessPoolExecutor) -> None:
     """Against the body in float32: ONNX Runtime's CPU has no bfloat16; one token: the interpreter multiplies no such matrices."""
     attributes = {"top_k": 2, "normalization_mode": 1}

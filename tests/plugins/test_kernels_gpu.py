@@ -94,6 +94,19 @@ def test_moe_of_local_experts(tokens: int) -> None:
     Node(weights, 8, 2, 1).check(torch.randn(tokens, 4096, device="cuda").half())
 
 
+@pytest.mark.parametrize("tokens", [1, 17, 700])
+def test_moe_where_tactics_are_timed(tokens: int) -> None:
+    """On memory that nobody has filled: zeros, the same id for every expert, NaN. It ends, whatever the result."""
+    weights = Weights(Layer("8x7b tp8", 4096, 1792), torch.float16)
+    weights.expert_ids.zero_()
+    dims = weights.dims(tokens)
+    for tactic in tactics("MoE", {"top_k": 2, "normalization_mode": 1}, dims, "float16", compute_capability()):
+        for value in (0.0, float("nan")):
+            x = torch.full((tokens, 4096), value, device="cuda", dtype=torch.float16)
+            prepare(tactic, dims)(weights.inputs(x), [torch.empty_like(x)])
+            torch.cuda.synchronize()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize(

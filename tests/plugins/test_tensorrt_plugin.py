@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -100,6 +102,16 @@ def test_from_attributes_to_fields_and_back(setting: Setting, monkeypatch: pytes
     assert launch.grid == (6, 1, 1)
     assert launch.args[:5] == (Input(0), Input(1), Input(2), Output(0), Output(1))
     assert (inputs, outputs, workspace, scratch, stream) == ([10, 11, 12], [20, 21], 1000, 1000, 7)
+
+
+def test_plugins_are_never_freed(setting: Setting) -> None:
+    """TensorRT frees their C++ halves itself; Python would do it again."""
+    plugin = setting.made("RMSNorm", epsilon=1e-5)
+    collective = setting.collective.Collective("AllReduce", (0, 1), talks=True)
+    left = [weakref.ref(each) for each in (plugin, plugin.clone(), plugin.attach_to_context(None), collective)]
+    del plugin, collective
+    gc.collect()
+    assert all(each() is not None for each in left)
 
 
 def test_engines_of_other_versions_are_refused(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
