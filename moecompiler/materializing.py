@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 
@@ -37,22 +38,22 @@ class Materializer:
         if recipe.quantized is None:
             return materialize(recipe, self._reader)
         with self._lock:
-            array = self._part(recipe.quantized)
+            array = self._part(recipe.quantized, recipe.dtype)
         if array.dtype != NUMPY_DTYPES[recipe.dtype]:
             raise ValueError(f"{recipe.quantized.part} of {recipe.quantized.scheme} are not {recipe.dtype}")
         return array.reshape(recipe.shape)
 
-    def _part(self, quantized: Quantized) -> np.ndarray:
+    def _part(self, quantized: Quantized, dtype: str) -> np.ndarray:
         key = quantized.source, quantized.scheme
         if key != self._last or quantized.part not in self._parts:
             self._last, self._parts = None, {}
-            self._parts = _parts_of(quantized, self._reader)
+            self._parts = _parts_of(quantized, dtype, self._reader)
             self._last = key
         return self._parts.pop(quantized.part)
 
 
-def _parts_of(quantized: Quantized, reader: TensorReader) -> dict[Part, np.ndarray]:
-    """All parts of a quantized weight; of its numbers, those alone.
+def _parts_of(quantized: Quantized, dtype: str, reader: TensorReader) -> dict[Part, np.ndarray]:
+    """All parts of a quantized weight; where its numbers are wanted, those alone, in ``dtype``.
 
     TensorRT knows no unsigned codes: those with zero points are stored less 8, and so are the zero points, which changes no
     difference of the two.
@@ -67,7 +68,7 @@ def _parts_of(quantized: Quantized, reader: TensorReader) -> dict[Part, np.ndarr
         raise UserError(f"{names}: cannot be quantized: {error}") from None
     del weight
     if quantized.part is Part.WEIGHT:
-        numbers = dequantize(made, source.dtype)
+        numbers = dequantize(replace(made, scales=made.scales.astype(NUMPY_DTYPES[dtype])))
         return {Part.WEIGHT: np.ascontiguousarray(numbers.transpose(quantized.perm or range(numbers.ndim)))}
     unsigned = scheme.format is Format.UINT4
     parts = {Part.CODES: less_eight(made.codes) if unsigned else made.codes, Part.SCALES: made.scales}

@@ -1,7 +1,7 @@
 """Which nodes run as plugins: what ``--plugins`` says, read and asked; no graph is touched here.
 
     on | off | auto              every op                          (``auto``: where the backend has a plugin that fits)
-    moe=off,attention=on         an op: moe, attention, rmsnorm, or an op's own name (AddRMSNorm), upper or lower case
+    moe=off,attention=on         an op: moe, attention, rmsnorm, linear, or an op's own name (AddRMSNorm), upper or lower case
     moe@layers.3=off             an op in a layer, or in any module: the words must stand in the node's HF module, in this order
     @layers.3=off                every op there
     @model.layers.3.mlp/MoE=off  one node, by its name
@@ -19,10 +19,12 @@ from enum import StrEnum
 from moecompiler.errors import UserError
 from moecompiler.graph import module_of
 
+# the beginnings of their ops' names: that of a quantized op ends in its format
 FAMILIES: dict[str, tuple[str, ...]] = {
     "moe": ("MoE",),
     "attention": ("Attention", "ContextAttention"),
     "rmsnorm": ("RMSNorm", "AddRMSNorm"),
+    "linear": ("Linear",),
 }
 
 
@@ -47,7 +49,7 @@ class Rule:
         return self._is_op(op_type) and (not self.place or self.place == node or self._is_within(module_of(node)))
 
     def _is_op(self, op_type: str) -> bool:
-        return self.op in ("", op_type.lower()) or op_type in FAMILIES.get(self.op, ())
+        return self.op in ("", op_type.lower()) or op_type.startswith(FAMILIES.get(self.op, ()))
 
     def _is_within(self, module: str) -> bool:
         return f".{self.place}." in f".{module}."

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from moecompiler.errors import UserError
 from moecompiler.graph import Program
 from moecompiler.quantization.recipe import QuantizationRecipe, Rule
 from moecompiler.quantization.schemes import Format, WeightScheme
-from moecompiler.weights import Part, Quantized, Recipe, Shape
+from moecompiler.weights import Part, Quantized, Recipe
 
 # what may be quantized: attention's projections and the experts
 _LINEAR = re.compile(r".*\.self_attn\.[qkvo]_proj|.*\.block_sparse_moe\.experts\..*")
@@ -60,60 +60,34 @@ def without(plan: QuantizationRecipe, kept: Iterable[str]) -> QuantizationRecipe
     return plan.overridden(QuantizationRecipe(tuple(Rule(name, None) for name in kept)))
 
 
-def formats_of(plan: QuantizationRecipe) -> frozenset[Format]:
+def formats_of(plan: QuantizationRecipe | None) -> frozenset[Format]:
     """The formats that weights may be in."""
-    return frozenset(rule.scheme.format for rule in plan.rules if rule.scheme is not None)
+    rules = () if plan is None else plan.rules
+    return frozenset(rule.scheme.format for rule in rules if rule.scheme is not None)
 
 
-def numbers_by(plan: QuantizationRecipe, recipe: Recipe) -> Recipe:
-    """The weight ``[..., out, in]`` as it is after quantizing by ``plan``: itself, or the numbers that its codes stand for.
+def numbers_by(plan: QuantizationRecipe | None, recipe: Recipe, dtype: str) -> Recipe:
+    """The weight ``[..., out, in]`` as it is after quantizing by ``plan``: itself, or, in ``dtype``, the numbers that its codes
+    stand for.
 
     Raises: UserError where it is of tensors that are to be quantized differently.
     """
-    scheme = scheme_for(recipe, plan)
+    scheme = None if plan is None else scheme_for(recipe, plan)
     if isinstance(scheme, Mixed):
         raise UserError(str(scheme))
-    return recipe if scheme is None else numbers_of(recipe, scheme)
+    return recipe if scheme is None else numbers_of(recipe, scheme, dtype)
 
 
-def numbers_of(recipe: Recipe, scheme: WeightScheme, *, transposed: bool = False) -> Recipe:
-    """The weight that the codes of ``recipe`` ``[..., out, in]`` stand for; ``transposed``: it, and the result, are
+def numbers_of(recipe: Recipe, scheme: WeightScheme, dtype: str, *, transposed: bool = False) -> Recipe:
+    """The weight that the codes of ``recipe`` ``[..., out, in]`` stand for, in ``dtype``; ``transposed``: it, and the result, are
     ``[..., in, out]``."""
-    perm = _swapped(len(recipe.shape))
+    rank = len(recipe.shape)
+    perm = (*range(rank - 2), rank - 1, rank - 2) if transposed else ()
     source = recipe.transposed(perm) if transposed else recipe
-    quantized = Quantized(source, scheme, Part.WEIGHT, perm if transposed else ())
-    return Recipe(recipe.dtype, recipe.shape, quantized=quantized)
+    return Recipe(dtype, recipe.shape, quantized=Quantized(source, scheme, Part.WEIGHT, perm))
 
 
 def formats(programs: Iterable[Program]) -> frozenset[Format]:
     """The formats that weights of the programs are in as codes."""
     recipes = (recipe for program in programs for recipe in program.weights.values())
     return frozenset(r.quantized.scheme.format for r in recipes if r.quantized and r.quantized.part is Part.CODES)
-
-
-def quantized_as(programs: Iterable[Program], quantized: Iterable[Program]) -> tuple[Program, ...]:
-    """The programs with the numbers that codes stand for in place of each weight of which ``quantized``, the same ranks' programs
-    after passes, have codes: what those should compute, without quantized ops."""
-    return tuple(_with_numbers(mine, theirs.weights.values()) for mine, theirs in zip(programs, quantized, strict=True))
-
-
-def _with_numbers(program: Program, quantized: Iterable[Recipe]) -> Program:
-    schemes: dict[str, tuple[WeightScheme, Shape]] = {}
-    for recipe in quantized:
-        if recipe.quantized is not None and recipe.quantized.part is Part.CODES:
-            for piece in recipe.quantized.source.pieces:
-                schemes[piece.source] = recipe.quantized.scheme, piece.perm
-    return replace(program, weights={name: _numbers(recipe, schemes) for name, recipe in program.weights.items()})
-
-
-def _numbers(recipe: Recipe, schemes: Mapping[str, tuple[WeightScheme, Shape]]) -> Recipe:
-    known = recipe.is_boxes and len(recipe.shape) >= 2 and recipe.pieces
-    if not known or not all(piece.source in schemes for piece in recipe.pieces):
-        return recipe
-    piece = recipe.pieces[0]
-    scheme, perm = schemes[piece.source]
-    return numbers_of(recipe, scheme, transposed=piece.perm[-2:] != perm[-2:])
-
-
-def _swapped(rank: int) -> Shape:
-    return (*range(rank - 2), rank - 1, rank - 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import ml_dtypes
 import numpy as np
 import torch
@@ -11,10 +13,8 @@ from moecompiler.export import INVERSE_FREQUENCIES, TORCH_DTYPES
 from moecompiler.mapping import Mapping, rank_shape
 from moecompiler.materializing import Materializer
 from moecompiler.model import Cache, RankModule
-from moecompiler.quantization.recipe import QuantizationRecipe
-from moecompiler.quantized import numbers_by
 from moecompiler.sharding import inverse_frequencies, recipe_for
-from moecompiler.weights import TensorReader
+from moecompiler.weights import Recipe, TensorReader
 
 
 def to_torch(array: np.ndarray) -> torch.Tensor:
@@ -37,11 +37,10 @@ def load_rank_module(
     options: ExportOptions,
     reader: TensorReader,
     compute_dtype: str | None = None,
-    quantization: QuantizationRecipe | None = None,
+    quantized: Callable[[Recipe], Recipe] = lambda recipe: recipe,
 ) -> RankModule:
-    """One rank's module on the CPU, with the weights that ``sharding`` gives that rank, rounded to the engine's dtype, and, where
-    ``quantization`` says so, to the numbers that codes stand for; ``compute_dtype`` (default: the same) is what they are then
-    held and computed in.
+    """One rank's module on the CPU, with the weights that ``sharding`` gives that rank, rounded to the engine's dtype, or as
+    ``quantized`` makes of that; ``compute_dtype`` (default: the same) is what they are then held and computed in.
 
     Raises: UserError where weights cannot be quantized so.
     """
@@ -51,9 +50,7 @@ def load_rank_module(
     tensors, state = Materializer(reader), {}
     for name, parameter in module.state_dict().items():
         if name != INVERSE_FREQUENCIES:
-            recipe = recipe_for(name, config, mapping, rank, options.dtype)
-            if quantization is not None:
-                recipe = numbers_by(quantization, recipe)
+            recipe = quantized(recipe_for(name, config, mapping, rank, options.dtype))
             state[name] = to_torch(tensors.tensor(recipe)).to(parameter.dtype)
     state[INVERSE_FREQUENCIES] = torch.from_numpy(inverse_frequencies(config))
     module.load_state_dict(state, assign=True)

@@ -75,7 +75,8 @@ class Part(StrEnum):
 class Quantized:
     """A part of what ``scheme`` makes of ``source`` ``[..., out, in]``, a recipe of boxes; scales are of the source's dtype.
 
-    ``perm``: the axes of a ``WEIGHT`` are permuted so at the end; empty leaves them.
+    A ``WEIGHT`` may be of a wider dtype than its scales: it is rounded to that alone. ``perm``: its axes are permuted so at the
+    end; empty leaves them.
     """
 
     source: Recipe

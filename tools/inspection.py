@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moecompiler.artifact import Artifact
+from moecompiler.quantization.as_json import recipe_from_json
 from moecompiler.tools import options as opt
 from moecompiler.tools.job import Job
 from moecompiler.tools.printing import byte_size
@@ -45,6 +46,7 @@ def describe(artifact: Artifact) -> dict[str, Any]:
         "pipeline": artifact.header.get("pipeline"),
         "backend": artifact.header.get("backend"),
         "limits": artifact.header.get("limits"),
+        "quantization": artifact.header.get("quantization"),
         "ranks": [_describe_rank(artifact, job, rank) for rank in artifact.ranks],
     }
 
@@ -71,6 +73,7 @@ def _describe_rank(artifact: Artifact, job: Job, rank: int) -> dict[str, Any]:
         "outputs": [_signature(value) for value in graph.output],
         "ops": dict(Counter(_op(node) for node in graph.node).most_common()),
         "passes": artifact.rank_info(rank).get("passes", []),
+        "quantized": artifact.rank_info(rank).get("quantized"),
         "engine": artifact.rank_info(rank).get("engine"),
     }
 
@@ -98,6 +101,8 @@ def _print_summary(console: Console, data: dict[str, Any]) -> None:
     )
     table.add_row("weights", data["weights_from"])
     table.add_row("dtype", data["export"]["dtype"])
+    if data["quantization"] is not None:
+        table.add_row("quantization", _rules(data["quantization"]))
     table.add_row("mapping", ", ".join(f"{name} {size}" for name, size in data["mapping"].items()))
     for key in ("pipeline", "backend"):
         if data[key]:
@@ -107,11 +112,22 @@ def _print_summary(console: Console, data: dict[str, Any]) -> None:
     console.print(table)
 
 
+def _rules(rules: list[dict[str, Any]]) -> str:
+    recipe = recipe_from_json(rules)
+    return "; ".join(f"{rule.match}: {rule.scheme or 'kept'}" for rule in recipe.rules)
+
+
 def _print_rank(console: Console, data: dict[str, Any]) -> None:
     first, last = data["layers"]
     console.print(f"\n[bold]rank {data['rank']}[/bold]: layers {first} to {last}, weights {data['weights']}")
     for name, size in data["files"].items():
         console.print(f"  {name}  {byte_size(size)}", highlight=False)
+    if data["quantized"]:
+        schemes = ", ".join(f"{count} weights {scheme}" for scheme, count in data["quantized"]["schemes"].items())
+        kept = data["quantized"]["kept"]
+        console.print(
+            f"  quantized: {schemes or 'none'}{f'; kept all the same: {len(kept)}' if kept else ''}", highlight=False
+        )
     if data["engine"]:
         _print_engine(console, data["engine"])
     caches = ("past_key_values.", "present.")

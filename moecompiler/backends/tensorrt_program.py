@@ -47,10 +47,10 @@ def prepare(program: Program, settings: BuildSettings, dtype: str, sm: int, libr
     aliases = find_aliases(model, chosen, library)
     model = mark_plugins(model, chosen)
     weights = inline_literals(model, program.weights)
-    bound = {} if not binds_experts(settings, weights) else {n: r for n, r in weights.items() if is_expert(n, r)}
+    bound, baked_notes = choose_bound(model, settings, weights)
     make_inputs(model, bound)
     baked = {name: recipe for name, recipe in weights.items() if name not in bound}
-    return Prepared(Program(model, baked), bound, chosen, aliases, tuple(notes))
+    return Prepared(Program(model, baked), bound, chosen, aliases, (*notes, *baked_notes))
 
 
 def choose_plugins(
@@ -149,14 +149,26 @@ def inline_literals(model: onnx.ModelProto, weights: Mapping[str, Recipe]) -> di
 
 
 def is_expert(name: str, recipe: Recipe) -> bool:
-    """Whether a weight holds experts, ``[experts, rows, columns]``."""
-    return ".experts." in name and len(recipe.shape) == 3
+    """Whether a weight holds experts: ``[experts, rows, columns]``, or codes, scales or zero points of such."""
+    return ".experts." in name and (len(recipe.shape) == 3 or recipe.quantized is not None)
 
 
-def binds_experts(settings: BuildSettings, weights: Mapping[str, Recipe]) -> bool:
-    if settings.moe_weights != "auto":
-        return settings.moe_weights == "external"
-    return sum(recipe.nbytes for name, recipe in weights.items() if is_expert(name, recipe)) >= LARGE
+def choose_bound(
+    model: onnx.ModelProto, settings: BuildSettings, weights: Mapping[str, Recipe]
+) -> tuple[dict[str, Recipe], list[str]]:
+    """The weights that are bound at run time, and notes; ``model`` without functions.
+
+    What a ``DequantizeLinear`` reads must be a constant (TensorRT 10.6 builds no other), and with codes go their scales.
+    """
+    experts = {name: recipe for name, recipe in weights.items() if is_expert(name, recipe)}
+    external = settings.moe_weights == "external"
+    if not external and (settings.moe_weights != "auto" or sum(each.nbytes for each in experts.values()) < LARGE):
+        return {}, []
+    read = {name for node in model.graph.node if node.op_type == "DequantizeLinear" for name in node.input}
+    constant = {name.rpartition(".")[0] for name in experts if name in read}
+    bound = {name: recipe for name, recipe in experts.items() if name.rpartition(".")[0] not in constant}
+    told = "--moe_weights external: quantized experts are baked into the engine, for they are read by no plugin"
+    return bound, [told] if external and len(bound) < len(experts) else []
 
 
 def make_inputs(model: onnx.ModelProto, bound: Mapping[str, Recipe]) -> None:

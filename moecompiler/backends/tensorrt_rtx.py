@@ -116,7 +116,7 @@ class TensorRTRTXBackend:
             "bound": list(lowered.bound),
             "aliases": dict(lowered.aliases),
             "communicator": lowered.group,
-            "notes": [],
+            "notes": list(lowered.notes),
         }
         staged[f"{stem}.onnx"].write_bytes(lowered.program.model.SerializeToString(deterministic=True))
         staged[f"{stem}.plan"].write_bytes(plan.data)

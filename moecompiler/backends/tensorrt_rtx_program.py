@@ -11,9 +11,8 @@ from moecompiler.backends.base import BuildSettings
 from moecompiler.backends.tensorrt_attention import adapt_attention, caches_in_place
 from moecompiler.backends.tensorrt_collectives import lower_collectives
 from moecompiler.backends.tensorrt_program import (
-    binds_experts,
+    choose_bound,
     inline_literals,
-    is_expert,
     make_inputs,
     mark_plugins,
 )
@@ -24,12 +23,14 @@ from moecompiler.weights import Recipe
 @dataclass(frozen=True)
 class Lowered:
     """``program``: what the parser reads, its weights those that are baked in; ``bound``: weights that are engine inputs of the
-    same name. ``group``: the ranks of its collectives. ``aliases``: outputs that are written over an input: output → input."""
+    same name. ``group``: the ranks of its collectives. ``aliases``: outputs that are written over an input: output → input.
+    ``notes``: what was asked for and is not so."""
 
     program: Program
     bound: Mapping[str, Recipe]
     group: tuple[int, ...]
     aliases: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
 def lower(program: Program, settings: BuildSettings, dtype: str) -> Lowered:
@@ -43,7 +44,7 @@ def lower(program: Program, settings: BuildSettings, dtype: str) -> Lowered:
     model = mark_plugins(model, {})
     adapt_attention(model)
     weights = inline_literals(model, program.weights)
-    bound = {n: r for n, r in weights.items() if is_expert(n, r)} if binds_experts(settings, weights) else {}
+    bound, notes = choose_bound(model, settings, weights)
     make_inputs(model, bound)
     baked = {name: recipe for name, recipe in weights.items() if name not in bound}
-    return Lowered(Program(model, baked), bound, group, caches_in_place(model))
+    return Lowered(Program(model, baked), bound, group, caches_in_place(model), tuple(notes))

@@ -13,10 +13,10 @@ from moecompiler.debugging.bisect import Culprit, make
 from moecompiler.debugging.region import Region, changed_region
 from moecompiler.debugging.seeded import SeededReader
 from moecompiler.debugging.subject import Subject
+from moecompiler.debugging.unquantized import quantized_as
 from moecompiler.errors import UserError
 from moecompiler.graph import DOMAIN, Program, is_collective
 from moecompiler.pipeline import Change, Pass, apply, run_passes
-from moecompiler.quantized import quantized_as
 from moecompiler.runtime.communicator import Alone, using_communicator
 from moecompiler.validation.difference import relative_error
 from moecompiler.validation.place import Arrays

@@ -97,9 +97,12 @@ def read_folder(folder: Path) -> tuple[Program, Program, Arrays, WeightCache]:
 
 def reproduce(folder: Path, anew: tuple[Pass, ...] = ()) -> int:
     """Compares what both graphs compute, or, with a pass, what it makes now of the one before; prints the errors. Returns 1
-    where an output is off by more than a thousandth, else 0."""
+    where an output is off by more than a thousandth, else 0. Raises: UserError where a pass has parameters, which the folder does
+    not hold."""
     before, after, inputs, weights = read_folder(folder)
     for step in anew:
+        if hasattr(step, "parameters"):
+            raise UserError(f"--rerun: pass {step.name} takes parameters; run `moecompiler passes reduce` anew instead")
         after, result = apply(step, before)
         print(f"pass {step.name} made {result.matches} rewrite(s)")
     if anew:

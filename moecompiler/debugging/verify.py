@@ -8,9 +8,10 @@ from typing import Any
 
 from moecompiler.debugging.observe import boundaries
 from moecompiler.debugging.subject import Subject
+from moecompiler.debugging.unquantized import quantized_as
 from moecompiler.graph import Program
 from moecompiler.pipeline import Pass, PassResult, apply
-from moecompiler.quantized import formats, quantized_as
+from moecompiler.quantized import formats
 from moecompiler.validation.difference import Difference, outputs_differ, relative_errors
 from moecompiler.validation.tolerances import against_float
 
@@ -65,8 +66,8 @@ def verify(
         if reference is None:
             return None
         found = formats(programs)
-        tolerance = against_float(subject.tolerance, found) if found else subject.tolerance
-        return outputs_differ(outputs, reference, tolerance)
+        tolerances = [against_float(subject.tolerance, found, each[..., 0].size) for each in outputs]
+        return outputs_differ(outputs, reference, tolerances)
 
     given = Verified(0, "given", (), None, against_hf_of(programs))
     yield given, programs

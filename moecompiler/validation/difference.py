@@ -40,9 +40,12 @@ def logits_differ(logits: np.ndarray, reference: np.ndarray, tolerance: Toleranc
     return Difference(max_abs, relative, top1, kl, passed)
 
 
-def outputs_differ(outputs: Sequence[np.ndarray], reference: Sequence[np.ndarray], tolerance: Tolerance) -> Difference:
-    """The worst of each figure over several arrays of logits."""
-    found = [logits_differ(a, b, tolerance) for a, b in zip(outputs, reference, strict=True)]
+def outputs_differ(
+    outputs: Sequence[np.ndarray], reference: Sequence[np.ndarray], tolerance: Tolerance | Sequence[Tolerance]
+) -> Difference:
+    """The worst of each figure over several arrays of logits, each with a tolerance of its own or all with one."""
+    tolerances = [tolerance] * len(outputs) if isinstance(tolerance, Tolerance) else tolerance
+    found = [logits_differ(a, b, each) for a, b, each in zip(outputs, reference, tolerances, strict=True)]
     return Difference(
         max(each.max_abs for each in found),
         max(each.relative for each in found),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from moecompiler.artifact import Artifact
 from moecompiler.backends.base import Backend
 from moecompiler.checkpoint import Source
-from moecompiler.quantized import formats_of
+from moecompiler.quantized import formats_of, numbers_by
 from moecompiler.reference import load_rank_module
 from moecompiler.runtime.communicator import Communicator
 from moecompiler.runtime.session import StageSession, closing
@@ -59,9 +60,8 @@ def validate_rank(
     """Compares this rank's engine with its torch module on every scenario, the recombined ranks with HF's model, and, where
     something is out of tolerance on any rank (or ``every_part``), each part of the graph alone. Every rank gets the whole
     report."""
-    module = load_rank_module(
-        place.config, place.mapping, place.rank, place.options, reader, "float32", place.quantization
-    )
+    quantized = partial(numbers_by, place.quantization, dtype=backend.compute_dtype(place.options.dtype))
+    module = load_rank_module(place.config, place.mapping, place.rank, place.options, reader, "float32", quantized)
     engine = open_engine(artifact, backend, place.rank, threads)
     outputs: list[OutputReport] = []
     records: list[RankStep] = []
@@ -113,10 +113,9 @@ def _against_hf(
     logits = [engine_logits(stage, place.mapping, scenario, communicator) for scenario in scenarios]
     result: list[Quality] = []
     if communicator.rank == root:
-        if place.quantization is not None:
-            tolerance = against_float(tolerance, formats_of(place.quantization))
         model = load_hf(place.config, artifact.header["source"], reader)
         for scenario, mine in zip(scenarios, logits, strict=True):
             assert mine is not None
-            result.append(compare(mine, hf_logits(model, scenario), scenario, tolerance))
+            bounds = against_float(tolerance, formats_of(place.quantization), mine[..., 0].size)
+            result.append(compare(mine, hf_logits(model, scenario), scenario, bounds))
     return communicator.broadcast(result, root)

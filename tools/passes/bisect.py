@@ -105,7 +105,8 @@ def _made(probe: Probe) -> str:
 def accuracy_check(subject: Subject) -> Callable[[Probe], bool]:
     """Whether the numbers are, within tolerance, those before any pass, with the numbers that codes stand for where weights are
     quantized."""
-    from moecompiler.quantized import formats, quantized_as
+    from moecompiler.debugging.unquantized import quantized_as
+    from moecompiler.quantized import formats
     from moecompiler.validation.difference import outputs_differ
 
     given = subject.load()
