@@ -12,7 +12,12 @@ from onnx import TensorProto, helper
 from moecompiler.graph import DOMAIN, IR_VERSION, OPSET
 from moecompiler.ops import OpSpec, add_function
 
-_TYPES = {"int64": TensorProto.INT64, "bool": TensorProto.BOOL}
+_TYPES = {
+    "int64": TensorProto.INT64,
+    "bool": TensorProto.BOOL,
+    "int8": TensorProto.INT8,
+    "int4": TensorProto.INT4,
+}
 
 
 def op_model(spec: OpSpec, attributes: dict[str, Any], floats: int = TensorProto.FLOAT) -> onnx.ModelProto:
