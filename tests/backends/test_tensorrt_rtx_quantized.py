@@ -25,14 +25,14 @@ NOTE = "--moe_weights external: quantized experts are baked into the engine, for
     ("scheme", "pipeline", "dtype", "moe_weights"),
     [
         (INT8, "tensorrt-rtx", "float16", "external"),
-        (INT8, "ootb", "bfloat16", "auto"),
-        (int4(64), "tensorrt-rtx", "bfloat16", "auto"),
-        (int4(64), "ootb", "float16", "auto"),
+        (INT8, "ootb", "float16", "auto"),
+        (int4(64), "tensorrt-rtx", "float16", "auto"),
+        (int4(64), "ootb", "bfloat16", "auto"),
         (int4(64, symmetric=False), "tensorrt-rtx", "float16", "external"),
         (int4(64, symmetric=False), "ootb", "bfloat16", "auto"),
     ],
 )
-def test_a_layer_builds(
+def test_every_scheme_builds(
     shipped: Subject,
     programs: Programs,
     tmp_path: Path,
@@ -41,8 +41,10 @@ def test_a_layer_builds(
     dtype: str,
     moe_weights: str,
 ) -> None:
-    """Codes are constants, even where experts are to be bound: TensorRT dequantizes no others."""
-    config = dataclasses.replace(shipped.config, num_hidden_layers=1)
+    """Codes are constants, even where experts are to be bound: TensorRT dequantizes no others. In float16 one layer will do; in
+    bfloat16 all are exported already, for other tests."""
+    layers = 1 if dtype == "float16" else 4
+    config = dataclasses.replace(shipped.config, num_hidden_layers=layers)
     exported = programs.exported(config, GRID["one-rank"], 0, ExportOptions(dtype, max_seq_len=MAX_SEQ_LEN))
     program, _ = run_passes(named_pipelines(default_recipe(scheme))[pipeline], exported)
     limits = EngineLimits(4, MAX_SEQ_LEN - 1, MAX_SEQ_LEN, config.vocab_size)

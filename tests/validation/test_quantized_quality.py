@@ -25,7 +25,7 @@ BOUNDS = {
 
 
 def test_formats(shipped: Subject, programs: Programs) -> None:
-    tokens = read_text(TINY_MIXTRAL, TINY_MIXTRAL / "heldout.txt", shipped.config.vocab_size, 12, LENGTH)
+    tokens = read_text(TINY_MIXTRAL, TINY_MIXTRAL / "heldout.txt", shipped.config.vocab_size, 8, LENGTH)
     with torch.inference_mode():
         expected = np.concatenate(
             [log_softmax(shipped.hf(torch.from_numpy(row[None])).logits.numpy()) for row in tokens]
