@@ -176,6 +176,13 @@ def print_report(console: Console, report: Report) -> None:
         )
     console.print("[bold]Each rank's engine against its PyTorch module[/bold] (Polygraphy)")
     console.print(table)
+    for each in report.outputs:
+        if each.rerouted:
+            console.print(
+                f"rank {each.rank}, {each.scenario}: {each.rerouted} token(s) of {each.name} routed otherwise and left out:"
+                f" two experts' router logits within {each.rerouted_margin:.1e} of the largest",
+                highlight=False,
+            )
     if report.parts:
         _print_parts(console, report, mark)
     if report.quality:

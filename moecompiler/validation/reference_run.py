@@ -17,18 +17,21 @@ from moecompiler.reference import empty_caches
 from moecompiler.runtime.communicator import Communicator, using_communicator
 from moecompiler.validation.place import Arrays, RankPlace
 from moecompiler.validation.recording import RecordingCommunicator
-from moecompiler.validation.scenario import Step
+from moecompiler.validation.scenario import Scenario, Step
+from moecompiler.validation.ties import watched_routers, without_ties
 
 
 @dataclass(frozen=True)
 class RankStep:
     """One step of one rank, by the names its graph has: what went in, what came out, what crossed the boundaries of
-    embedding, layers, attention and MoE inside (``graph.output_of``), and the rank's own part of those that are sums."""
+    embedding, layers, attention and MoE inside (``graph.output_of``), the rank's own part of those that are sums, and each
+    token's smallest router margin in the rank's layers ``[B, S]``."""
 
     feeds: Arrays
     outputs: Arrays
     inner: Arrays
     partials: Arrays
+    margins: np.ndarray
 
 
 def run_reference(
@@ -43,31 +46,42 @@ def run_reference(
         x = step.input_ids if mapping.is_first_stage(rank) else communicator.receive(rank - stage)
         feeds = _feeds(place, step, x, caches)
         with _boundaries(module, recorder) as (inner, partials), using_communicator(recorder):
-            outputs, caches = _call(module, place, feeds)
-        records.append(RankStep(feeds, outputs, inner, partials))
+            outputs, caches, margins = _call(module, place, feeds)
+        records.append(RankStep(feeds, outputs, inner, partials, margins))
         if not mapping.is_last_stage(rank):
             communicator.send(outputs[place.main_output], rank + stage)
     return records
 
 
-def call_module(module: RankModule, place: RankPlace, feeds: Arrays) -> Arrays:
-    """The rank module called as its graph is: named arrays in, named float32 arrays out."""
-    return _call(module, place, feeds)[0]
+def choose_rows(module: RankModule, place: RankPlace, scenario: Scenario, communicator: Communicator) -> Scenario:
+    """Of a scenario's rows and spare rows those that are farthest from a tie of any rank's routers; its peers must do the same
+    at the same time, and get the same."""
+    tokens = scenario.candidates()
+    whole = Scenario(scenario.name, tokens, (tokens.shape[1],) * len(tokens), 0)
+    (record,) = run_reference(module, place, whole.steps(), communicator)
+    return without_ties(scenario, np.min(communicator.gather_objects(record.margins), axis=0))
 
 
-def _call(module: RankModule, place: RankPlace, feeds: Arrays) -> tuple[Arrays, list[Cache]]:
+def call_module(module: RankModule, place: RankPlace, feeds: Arrays) -> tuple[Arrays, np.ndarray]:
+    """The rank module called as its graph is: named arrays in, named float32 arrays out; and each token's smallest router
+    margin ``[B, S]``."""
+    outputs, _, margins = _call(module, place, feeds)
+    return outputs, margins
+
+
+def _call(module: RankModule, place: RankPlace, feeds: Arrays) -> tuple[Arrays, list[Cache], np.ndarray]:
     tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
     pairs = [cache_names(layer, "past_key_values") for layer in place.layers]
     caches = [(tensors[key].float(), tensors[value].float()) for key, value in pairs]
     x = tensors[place.main_input]
     x = x.float() if x.is_floating_point() else x
-    with torch.inference_mode():
+    with torch.inference_mode(), watched_routers(module) as margins:
         y, present = module(x, tensors["position_ids"], tensors.get("last_token_ids"), caches)
     outputs = {place.main_output: y.numpy()}
     for layer, cache in zip(place.layers, present, strict=True):
         for name, tensor in zip(cache_names(layer, "present"), cache, strict=True):
             outputs[name] = tensor.numpy()
-    return outputs, present
+    return outputs, present, np.min(margins, axis=0).reshape(x.shape[:2])
 
 
 def _feeds(place: RankPlace, step: Step, x: np.ndarray, caches: Sequence[Cache]) -> Arrays:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
-from polygraphy.comparator import Comparator, SimpleCompareFunc
+from polygraphy.comparator import Comparator, RunResults, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
 
 from moecompiler.validation.difference import relative_error
-from moecompiler.validation.place import Arrays
+from moecompiler.validation.place import Arrays, RankPlace
 from moecompiler.validation.reference_run import RankStep
+from moecompiler.validation.ties import output_margins, routed_otherwise
 from moecompiler.validation.tolerances import Tolerance
 
 
@@ -44,7 +45,9 @@ class ModuleRunner(BaseRunner):
 
 @dataclass(frozen=True)
 class OutputReport:
-    """How far one output of one rank is from the reference, the worst of all steps; ``relative`` is ``‖a - b‖ / ‖b‖``."""
+    """How far one output of one rank is from the reference, the worst of all steps; ``relative`` is ``‖a - b‖ / ‖b‖``. Left out
+    are ``rerouted`` of its tokens, which rounding sent to another expert (``ties.routed_otherwise``), with router margins up to
+    ``rerouted_margin``."""
 
     rank: int
     scenario: str
@@ -52,22 +55,31 @@ class OutputReport:
     max_abs: float
     relative: float
     passed: bool
+    rerouted: int = 0
+    rerouted_margin: float = 0.0
 
 
 def compare_rank(
-    rank: int,
+    place: RankPlace,
     scenario: str,
     runner: Callable[[Arrays], BaseRunner],
     types: Mapping[str, np.dtype],
-    call_module: Callable[[Arrays], Arrays],
+    call_module: Callable[[Arrays], tuple[Arrays, np.ndarray]],
     records: Sequence[RankStep],
     tolerance: Tolerance,
 ) -> list[OutputReport]:
-    """Runs both of one rank on every step's inputs (``types``: the engine's) and compares all outputs. Its peers must do the
-    same at the same time."""
+    """Runs both of one rank on every step's inputs (``types``: the engine's) and compares all outputs. ``call_module`` gives its
+    routers' margins too (``reference_run.call_module``). Its peers must do the same at the same time."""
     G_LOGGER.module_severity = G_LOGGER.CRITICAL  # what it would print is in the report
     feeds = [{name: rounded(array, types[name]) for name, array in record.feeds.items()} for record in records]
-    module = ModuleRunner(call_module, feeds[0], name=f"torch module of rank {rank}")
+    margins: list[np.ndarray] = []
+
+    def call(inputs: Arrays) -> Arrays:
+        outputs, margin = call_module(inputs)
+        margins.append(margin)
+        return outputs
+
+    module = ModuleRunner(call, feeds[0], name=f"torch module of rank {place.rank}")
     results = Comparator.run([runner(feeds[0]), module], data_loader=feeds)
     widened = [(name, [_float32(iteration) for iteration in iterations]) for name, iterations in results]
     for (_, iterations), (_, wide) in zip(results, widened, strict=True):
@@ -79,20 +91,45 @@ def compare_rank(
     check = SimpleCompareFunc(
         atol=tolerance.atol, rtol=tolerance.rtol, check_error_stat=statistic, error_quantile=quantile
     )
-    accuracy = Comparator.compare_accuracy(results, compare_func=check)
-    (verdicts,) = accuracy[0].values()
-    outputs, references = (iterations for _, iterations in widened)
+    verdicts, main, rerouted, margin = _verdicts(results, check), place.main_output, 0, 0.0
+    if tolerance.tie and not all(verdict[main] for verdict in verdicts):
+        reach = [output_margins(each, feed.get("last_token_ids")) for each, feed in zip(margins, feeds, strict=True)]
+        rerouted, margin = _leave_out_rerouted(results, main, reach, tolerance)
+        verdicts = _verdicts(results, check)
+    outputs, references = (iterations for _, iterations in results)
     return [
         OutputReport(
-            rank,
+            place.rank,
             scenario,
             name,
             max(float(np.abs(a[name] - b[name]).max()) for a, b in zip(outputs, references, strict=True)),
             max(relative_error(a[name], b[name]) for a, b in zip(outputs, references, strict=True)),
-            all(bool(verdict[name]) for verdict in verdicts),
+            all(verdict[name] for verdict in verdicts),
+            rerouted if name == main else 0,
+            margin if name == main else 0.0,
         )
         for name in references[0]
     ]
+
+
+def _verdicts(results: RunResults, check: SimpleCompareFunc) -> list[dict[str, bool]]:
+    """Whether each output agrees, step by step."""
+    (verdicts,) = Comparator.compare_accuracy(results, compare_func=check)[0].values()
+    return [{name: bool(verdict) for name, verdict in each.items()} for each in verdicts]
+
+
+def _leave_out_rerouted(
+    results: RunResults, name: str, margins: Sequence[np.ndarray], tolerance: Tolerance
+) -> tuple[int, float]:
+    """Takes the tokens that ``routed_otherwise`` finds out of one output of both runners; how many, and their largest margin."""
+    outputs, references = (iterations for _, iterations in results)
+    values, true = ([iteration[name] for iteration in iterations] for iterations in (outputs, references))
+    masks = routed_otherwise(values, true, margins, tolerance)
+    for a, b, mask in zip(outputs, references, masks, strict=True):
+        # where all are taken out, nothing is left to compare
+        a[name], b[name] = (b[name], b[name]) if mask.all() else (a[name][~mask], b[name][~mask])
+    left_out = np.concatenate([margin[mask] for margin, mask in zip(margins, masks, strict=True)])
+    return left_out.size, float(left_out.max(initial=0.0))
 
 
 def _float32(iteration: Arrays) -> Arrays:

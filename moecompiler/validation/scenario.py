@@ -22,12 +22,17 @@ class Step:
 @dataclass(frozen=True)
 class Scenario:
     """``tokens [batch, length]`` int64, the first ``prompt_lengths[i]`` of row i prefilled, then ``steps`` decoded with the
-    given tokens (teacher forcing), one at a time."""
+    given tokens (teacher forcing), one at a time. ``spare [rows, length]``: tokens that would do as well in place of a row's."""
 
     name: str
     tokens: np.ndarray
     prompt_lengths: tuple[int, ...]
     decode_steps: int
+    spare: np.ndarray | None = None
+
+    def candidates(self) -> np.ndarray:
+        """Rows and spare rows, ``[rows, length]``."""
+        return self.tokens if self.spare is None else np.concatenate((self.tokens, self.spare))
 
     def steps(self) -> list[Step]:
         lengths = np.array(self.prompt_lengths, np.int64)
@@ -48,14 +53,18 @@ class Scenario:
 
 
 def random_scenario(limits: EngineLimits, seed: int = 0, decode_steps: int = 3) -> Scenario:
-    """Random tokens in a ragged batch of at most 3."""
+    """Random tokens in a ragged batch of at most 3, and spare rows, to choose from those that no rounding sends to another
+    expert."""
     rng = np.random.default_rng(seed)
     batch = min(3, limits.max_batch_size)
     longest = max(1, min(17, limits.max_input_len, limits.max_seq_len - decode_steps))
     decode_steps = min(decode_steps, limits.max_seq_len - longest)
     lengths = tuple(max(1, longest - 5 * row) for row in range(batch))
-    tokens = rng.integers(0, limits.vocab_size, (batch, longest + decode_steps))
-    return Scenario("random", tokens, lengths, decode_steps)
+    tokens = rng.integers(0, limits.vocab_size, (_CANDIDATES, longest + decode_steps))
+    return Scenario("random", tokens[:batch], lengths, decode_steps, tokens[batch:])
+
+
+_CANDIDATES = 16
 
 
 def text_scenario(token_ids: Sequence[int], limits: EngineLimits, tokens_in_all: int = 1024) -> Scenario | None:

@@ -25,6 +25,10 @@ class Tolerance:
     ``outliers`` is the share of tokens (of elements, for outputs) that may be beyond these bounds: where two experts score
     alike, a narrow type's rounding decides otherwise than float32's, and that token's values are others from there on. A
     wrong expert touches every token that is routed to it, which is far more.
+
+    Of few tokens one alone is a larger share. ``tie`` is the margin of a router (``ties.router_margin``) up to which rounding
+    may decide, 0 where it is not to: several times the type's epsilon, since what is rounded before the router adds up.
+    ``rerouted`` is the share of an output's tokens that may be out of bounds when the reference saw them at such a tie.
     """
 
     atol: float
@@ -34,6 +38,8 @@ class Tolerance:
     kl: float
     top1: float
     outliers: float = 0.0
+    tie: float = 0.0
+    rerouted: float = 0.0
 
     def to_json(self) -> dict[str, float]:
         return asdict(self)
@@ -46,8 +52,12 @@ class Tolerance:
 
 TOLERANCES = {
     "float32": Tolerance(atol=2e-4, rtol=1e-3, norm=1e-4, logits=2e-4, kl=1e-6, top1=0.999),
-    "float16": Tolerance(atol=3e-2, rtol=2e-2, norm=1e-2, logits=0.25, kl=1e-3, top1=0.98, outliers=0.05),
-    "bfloat16": Tolerance(atol=0.4, rtol=0.2, norm=1e-1, logits=2.0, kl=2e-2, top1=0.9, outliers=0.1),
+    "float16": Tolerance(
+        atol=3e-2, rtol=2e-2, norm=1e-2, logits=0.25, kl=1e-3, top1=0.98, outliers=0.05, tie=4 * 2**-10, rerouted=0.1
+    ),
+    "bfloat16": Tolerance(
+        atol=0.4, rtol=0.2, norm=1e-1, logits=2.0, kl=2e-2, top1=0.9, outliers=0.1, tie=4 * 2**-7, rerouted=0.2
+    ),
 }
 
 # format of weights → bounds of kl and top1, on top of those of the arithmetic; several times what was measured

@@ -19,7 +19,7 @@ from moecompiler.validation.engines import open_engine
 from moecompiler.validation.localize import PartReport, localize
 from moecompiler.validation.place import RankPlace
 from moecompiler.validation.quality import Quality, compare, hf_logits, load_hf
-from moecompiler.validation.reference_run import RankStep, call_module, run_reference
+from moecompiler.validation.reference_run import RankStep, call_module, choose_rows, run_reference
 from moecompiler.validation.runners import OutputReport, compare_rank
 from moecompiler.validation.scenario import Scenario
 from moecompiler.validation.tolerances import Tolerance, against_float
@@ -66,11 +66,15 @@ def validate_rank(
     outputs: list[OutputReport] = []
     records: list[RankStep] = []
     with closing(engine.stage):
+        if tolerance.tie:
+            scenarios = [
+                each if each.spare is None else choose_rows(module, place, each, communicator) for each in scenarios
+            ]
         for scenario in scenarios:
             steps = scenario.steps()[:_COMPARED_STEPS]
             mine = run_reference(module, place, steps, communicator)
             outputs += compare_rank(
-                place.rank,
+                place,
                 scenario.name,
                 engine.runner,
                 engine.types,

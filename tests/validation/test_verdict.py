@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
+from io import StringIO
 
-from moecompiler.tools.validate import verdict
+import pytest
+from rich.console import Console
+
+from moecompiler.tools.validate import print_report, verdict
 from moecompiler.validation.quality import Quality
 from moecompiler.validation.runners import OutputReport
 from moecompiler.validation.tolerances import TOLERANCES
@@ -33,3 +37,12 @@ def test_the_first_output_that_is_off_is_named(outputs: tuple[str, ...], says: s
     report = Report(TOLERANCES["float16"], (good, *(output(1, name) for name in outputs)), (), (QUALITY,))
     assert says in verdict(report)
     assert verdict(report).startswith("OUT OF TOLERANCE")
+
+
+def test_tokens_that_are_left_out_are_reported() -> None:
+    logits = replace(output(1, "logits", passed=True), rerouted=2, rerouted_margin=1.25e-3)
+    console = Console(width=200, file=StringIO(), record=True)
+    print_report(console, Report(TOLERANCES["float16"], (output(0, "logits", passed=True), logits), (), ()))
+    (line,) = (line for line in console.export_text().splitlines() if "routed otherwise" in line)
+    assert line.startswith("rank 1, text: 2 token(s) of logits routed otherwise and left out")
+    assert "1.2e-03" in line
