@@ -35,7 +35,7 @@ def runnable_commands() -> list[str]:
 @pytest.mark.mpi
 @pytest.mark.slow
 @pytest.mark.xdist_group("documented")
-def test_every_command_that_needs_no_quantization(here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_that_is_there(here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name, (heads, kv_heads) in HEADS.items():
         config = tiny_config(**SIZES, num_attention_heads=heads, num_key_value_heads=kv_heads)
@@ -78,4 +78,4 @@ def test_the_page_has_every_kind_of_command() -> None:
     assert text.count("convert_checkpoint.py --model_dir") == 7
     assert text.count("quantize.py --model_dir") == 2
     assert text.count("trtllm-build --checkpoint_dir") == 9
-    assert len(runnable_commands()) == 11
+    assert len(runnable_commands()) == 13
