@@ -27,7 +27,8 @@ def stored(recipe: Recipe, array: np.ndarray) -> np.ndarray:
     """A tensor as a file holds it: int4 in bytes, the first of two numbers in the low half, as ONNX has it."""
     if recipe.dtype != "int4":
         return array
-    return pack_bytes(np.pad(array.reshape(-1), (0, array.size % 2)))
+    numbers = array.reshape(-1)
+    return pack_bytes(np.pad(numbers, (0, 1)) if array.size % 2 else numbers)
 
 
 def pack(
