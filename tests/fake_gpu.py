@@ -246,8 +246,8 @@ class FakeContext:
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         if name in self.shapes:
             return self.shapes[name]
-        free = iter(self.shapes["position_ids"])
-        return tuple(next(free) if size < 0 else size for size in self.engine.get_tensor_shape(name))
+        step = self.shapes["position_ids"]
+        return tuple(step[axis] if size < 0 else size for axis, size in enumerate(self.engine.get_tensor_shape(name)))
 
     def execute_async_v3(self, stream: int) -> bool:
         shapes, addresses = dict(self.shapes), dict(self.addresses)

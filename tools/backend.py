@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from moecompiler.backends.base import Backend
 from moecompiler.backends.choose import find_backend
+from moecompiler.graph import Program
 from moecompiler.plugins.library import TensorRTPlugins
 
 
 def open_backend(name: str) -> Backend:
     """Raises: UserError where there is no such backend, or its library is not there."""
-    return find_backend(name, TensorRTPlugins())
+    return find_backend(name, TensorRTPlugins(), tidy)
+
+
+def tidy(program: Program) -> Program:
+    """As the pipelines leave plain operators, and nothing twice."""
+    from moecompiler.passes.common_subexpressions import CommonSubexpressions
+    from moecompiler.passes.pipelines import OOTB, named_pipelines
+    from moecompiler.pipeline import run_passes
+
+    return run_passes((*named_pipelines()[OOTB], CommonSubexpressions()), program)[0]

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from moecompiler.backends.base import Backend, PluginLibrary
 from moecompiler.errors import UserError
+from moecompiler.graph import Program
 
 
 def backend_names() -> tuple[str, ...]:
     return ("onnxruntime", "tensorrt", "tensorrt-rtx")
 
 
-def find_backend(name: str, plugins: PluginLibrary | None = None) -> Backend:
-    """Imports a backend's library only when it is asked for; ``plugins``: what a backend with plugins may use.
+def find_backend(
+    name: str, plugins: PluginLibrary | None = None, tidy: Callable[[Program], Program] = lambda program: program
+) -> Backend:
+    """Imports a backend's library only when it is asked for; ``plugins``: what a backend with plugins may use; ``tidy``: what it
+    does to a graph in which it has inlined bodies.
 
     Raises: UserError where there is no such backend, or its library is not there.
     """
@@ -22,7 +28,7 @@ def find_backend(name: str, plugins: PluginLibrary | None = None) -> Backend:
     if name == "tensorrt":
         from moecompiler.backends.tensorrt import TensorRTBackend
 
-        return TensorRTBackend(plugins)
+        return TensorRTBackend(plugins, tidy)
     if name == "tensorrt-rtx":
         from moecompiler.backends.tensorrt_rtx import TensorRTRTXBackend
 

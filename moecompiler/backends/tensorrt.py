@@ -13,7 +13,7 @@ from moecompiler.atomic import temporary_path
 from moecompiler.backends.base import BuildSettings, EngineLimits, PluginLibrary
 from moecompiler.backends.libraries import import_library
 from moecompiler.backends.tensorrt_profiles import prefill_rows, profiles
-from moecompiler.backends.tensorrt_program import Prepared, prepare, serialized
+from moecompiler.backends.tensorrt_program import Prepared, Tidy, prepare, serialized
 from moecompiler.backends.tensorrt_record import Made, Record, check_fits
 from moecompiler.graph import ONNX_DTYPES, Program, floating_type
 from moecompiler.packing import pack
@@ -31,8 +31,8 @@ class TensorRTBackend:
 
     name = "tensorrt"
 
-    def __init__(self, plugins: PluginLibrary | None):
-        self._plugins = plugins
+    def __init__(self, plugins: PluginLibrary | None, tidy: Tidy = lambda program: program):
+        self._plugins, self._tidy = plugins, tidy
 
     @cached_property
     def _made(self) -> Made:
@@ -80,7 +80,7 @@ class TensorRTBackend:
         from moecompiler.backends.tensorrt_build import build_plan
 
         library = self._library()
-        prepared = prepare(program, settings, floating_type(program), self._made.sm, library)
+        prepared = prepare(program, settings, floating_type(program), self._made.sm, library, self._tidy)
         if prepared.plugins:
             library.register()
         sampling = self._compile_sampling(prepared.program)

@@ -107,6 +107,6 @@ class Engine:
 
 
 def filled(shape: Shape, tokens: tuple[int, int]) -> Shape:
-    """A shape whose free dimensions, ``batch`` and then ``sequence``, are those of a step."""
-    free = iter(tokens)
-    return tuple(next(free) if size < 0 else size for size in shape)
+    """A shape whose free dimensions are those of a step: the first axis is the batch, the second the sequence. Where an engine is
+    for one sequence, TensorRT says that the batch is not free."""
+    return tuple(tokens[axis] if size < 0 else size for axis, size in enumerate(shape))

@@ -5,7 +5,7 @@ Pure: graph in, graph out, without TensorRT.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
@@ -37,15 +37,29 @@ class Prepared:
     notes: tuple[str, ...] = ()
 
 
-def prepare(program: Program, settings: BuildSettings, dtype: str, sm: int, library: PluginLibrary) -> Prepared:
-    """For a GPU of compute capability ``sm``.
+Tidy = Callable[[Program], Program]
+
+
+def prepare(
+    program: Program,
+    settings: BuildSettings,
+    dtype: str,
+    sm: int,
+    library: PluginLibrary,
+    tidy: Tidy = lambda program: program,
+) -> Prepared:
+    """For a GPU of compute capability ``sm``. ``tidy`` is run where bodies have been inlined: 10.6's builder fails at what it
+    finds twice among them ("ssa_validation").
 
     Raises: UserError where a plugin is insisted on and there is none that fits, or an op has neither plugin nor body."""
     model = onnx.ModelProto()
     model.CopyFrom(program.model)
     chosen, notes = choose_plugins(model, settings.plugins, dtype, sm, library)
     aliases = find_aliases(model, chosen, library)
-    model = mark_plugins(model, chosen)
+    program = Program(mark_plugins(model, chosen), program.weights)
+    if any(node.domain == DOMAIN and node.name not in chosen for node in model.graph.node):
+        program = tidy(program)
+    model = program.model
     weights = inline_literals(model, program.weights)
     bound, baked_notes = choose_bound(model, settings, weights)
     make_inputs(model, bound)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_gpu import FakeEngine
 from fake_session import LIMITS, Setting
 from programs import GRID, MAX_SEQ_LEN, Passage, run_ranks
 
@@ -37,6 +38,24 @@ def test_logits(in_place: bool, setting: Setting, passage: Passage, wanted: np.n
     (engine,) = setting.engines
     assert [context.profile for context in engine.contexts] == [0, *[1] * setting.driver.captured]
     assert {context.shapes["position_ids"] for context in engine.contexts[1:]} == {(4, 1)}
+
+
+def test_an_engine_for_one_sequence(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which TensorRT says that the batch is 1, and not that it is free."""
+    ids, last = np.arange(5)[None] + 5, np.array([4])
+    positions = np.arange(5)[None]
+
+    def logits() -> list[np.ndarray]:
+        session = setting.session()
+        session.start(1)
+        prefilled = session.step(ids, positions, last)
+        return [prefilled, session.step(ids[:, :1], positions[:, :1] + 5, np.zeros(1, np.int64))]
+
+    wanted = logits()
+    free = FakeEngine.get_tensor_shape
+    monkeypatch.setattr(FakeEngine, "get_tensor_shape", lambda engine, name: (1, *free(engine, name)[1:]))
+    for got, expected in zip(logits(), wanted, strict=True):
+        np.testing.assert_array_equal(got, expected)
 
 
 def test_every_bucket_has_its_graph(setting: Setting) -> None:
