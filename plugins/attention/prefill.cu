@@ -8,6 +8,7 @@
 // Macros: HEADS, KV_HEADS, HEAD_DIM (up to 128, a multiple of 16), WINDOW, ELEMENT_IS_BFLOAT16.
 // Shapes: B batch, S new tokens, N heads, KV key-value heads, D head size.
 
+#include "warp.cuh"
 #include "wgmma.cuh"
 
 constexpr int TOKENS = 128;  // of a tile
@@ -159,22 +160,6 @@ __forceinline__ void rotate(Shared& shared, uint32_t queries_at, const uint16_t*
     arrive(shared_address(shared.query_full + buffer));
   }
 }
-
-__forceinline__ float power_of_2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-__forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
-
-__forceinline__ float nothing() { return __int_as_float(0xFF800000); }
 
 struct Rows {  // the two rows of a thread, 8 apart
   int position[2];
