@@ -22,7 +22,8 @@ def compile_cuda(kernel: CudaKernel, sm: int) -> Cubin:
 
 @cache
 def compile_image(kernel: CudaKernel, sm: int) -> tuple[bytes, str]:
-    """The cubin, and what the assembler says of it: registers, and spills if there are any. Raises: as ``compile_cuda``."""
+    """The cubin, and what the assembler says of it: registers, and spills if there are any; nothing where NVRTC found the kernel
+    in its cache. Raises: as ``compile_cuda``."""
     from cuda.bindings import nvrtc
 
     package, _, name = kernel.source.partition("/")
@@ -37,9 +38,9 @@ def compile_image(kernel: CudaKernel, sm: int) -> tuple[bytes, str]:
     try:
         encoded = [option.encode() for option in options]
         _checked(program, nvrtc.nvrtcCompileProgram(program, len(encoded), encoded))
-        image = b" " * _checked(program, nvrtc.nvrtcGetCUBINSize(program))
+        image = bytearray(_checked(program, nvrtc.nvrtcGetCUBINSize(program)))
         _checked(program, nvrtc.nvrtcGetCUBIN(program, image))
-        return image, _log(program)
+        return bytes(image), _log(program)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 
@@ -55,6 +56,8 @@ def _log(program: Any) -> str:
     from cuda.bindings import nvrtc
 
     _, size = nvrtc.nvrtcGetProgramLogSize(program)
-    log = b" " * size
+    # Not bytes, though NVRTC's Python examples have it so: an empty log is one byte, its end, and b" " * 1 is the one space that
+    # all of Python shares.
+    log = bytearray(size)
     nvrtc.nvrtcGetProgramLog(program, log)
     return log.replace(b"\0", b"").decode(errors="replace").strip()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import pytest
+from cuda.bindings import nvrtc
 from test_launch import ATTENTION, MOE, attention_dims, moe_dims, norm_dims
 
 from moecompiler.plugins.compile import compile_kernel
@@ -21,6 +24,7 @@ def fresh_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Kernels are compiled here, not found from an earlier run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        patch.setenv("CUDA_CACHE_DISABLE", "1")  # the assembler says nothing of a kernel that NVRTC finds there
         yield
 
 
@@ -93,3 +97,28 @@ def test_cuda_that_does_not_compile_is_refused() -> None:
     kernel = CudaKernel("moecompiler.plugins.moe/grouped.cu", "grouped_up", (), (("LOCAL", 8),), 12, 0)
     with pytest.raises(RuntimeError, match='"HIDDEN" is undefined'):
         compile_kernel(kernel, 90)
+
+
+def test_a_kernel_without_a_log_leaves_bytes_of_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where NVRTC finds it in its cache. NVRTC ends the empty log with a zero, which must not go to Python's shared b" ": what
+    the process pads with spaces afterwards, headers of weight files among it, would be padded with zeros."""
+    compile_program, get_log, get_cubin = nvrtc.nvrtcCompileProgram, nvrtc.nvrtcGetProgramLog, nvrtc.nvrtcGetCUBIN
+    written: list[int] = []
+
+    def compile_silently(program: Any, count: int, options: list[bytes]) -> Any:
+        kept = [option for option in options if not option.startswith(b"--ptxas-options")]
+        return compile_program(program, len(kept), kept)
+
+    def into_own_memory(get: Any, program: Any, memory: Any) -> Any:
+        assert not memoryview(memory).readonly  # asked before all bytes of the tests' process are spoilt
+        written.append(len(memory))
+        return get(program, memory)
+
+    monkeypatch.setattr(nvrtc, "nvrtcCompileProgram", compile_silently)
+    monkeypatch.setattr(nvrtc, "nvrtcGetProgramLog", partial(into_own_memory, get_log))
+    monkeypatch.setattr(nvrtc, "nvrtcGetCUBIN", partial(into_own_memory, get_cubin))
+    kernel = tactics("Attention", ATTENTION, attention_dims(-1, -1, -1), "float16", 90)[0].kernels[0]
+    assert isinstance(kernel, CudaKernel)
+    image, log = compile_image.__wrapped__(kernel, 90)
+    assert (type(image), log, written) == (bytes, "", [len(image), 1])
+    assert bytes([ord(" ")]).hex() == "20"
