@@ -163,7 +163,11 @@ def measure_peer(case: Case, dtype: torch.dtype, read: float) -> Iterator[Row]:
         query, _, _, _, _, _, keys, values = random_inputs(case, dtype)
         heads = query.view(case.batch, case.new, case.heads, case.head_dim).transpose(1, 2)
         sets.append((heads, keys[:, :, : case.past + case.new], values[:, :, : case.past + case.new]))
-    attend = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=case.new > 1, enable_gqa=True)
+
+    def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        causal = case.new > 1
+        torch.nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=causal, enable_gqa=True)
+
     try:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             time = microseconds([partial(attend, *each) for each in sets])

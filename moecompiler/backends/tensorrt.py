@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moecompiler.atomic import temporary_path
+from moecompiler.atomic import is_temporary, temporary_path
 from moecompiler.backends.base import BuildSettings, EngineLimits, PluginLibrary
 from moecompiler.backends.libraries import import_library
 from moecompiler.backends.tensorrt_profiles import prefill_rows, profiles
@@ -96,7 +97,7 @@ class TensorRTBackend:
                 staged[f"{stem}.onnx"],
                 profiles(model.graph.input, settings.limits),
                 [node.name for node in model.graph.node],
-                [path.read_bytes() for path in sorted(directory.glob("*.timing"))],
+                kept_timings(directory),
                 bool(prepared.aliases),
                 lambda fraction: progress(_WEIGHTS_SHARE + (1 - _WEIGHTS_SHARE) * fraction),
             )
@@ -149,6 +150,16 @@ class TensorRTBackend:
         if self._plugins is None:
             raise ValueError("backend tensorrt was made without a plugin library")
         return self._plugins
+
+
+def kept_timings(directory: Path) -> list[bytes]:
+    """What builds before this one have timed; another rank's may be replaced while it is looked for."""
+    found = []
+    for path in sorted(directory.glob("*.timing")):
+        if not is_temporary(path):
+            with suppress(FileNotFoundError):
+                found.append(path.read_bytes())
+    return found
 
 
 def import_tensorrt() -> Any:

@@ -9,8 +9,6 @@ from typing import Any
 from moecompiler.plugins.hopper.wgmma import wgmma_header
 from moecompiler.plugins.launch import Cubin, CudaKernel
 
-_HEADERS = ("ptx.cuh", "warp.cuh", "cluster.cuh")
-
 
 def compile_cuda(kernel: CudaKernel, sm: int) -> Cubin:
     """Compiles for compute capability ``sm``, with the features that only this one has (``sm_90a``).
@@ -28,8 +26,7 @@ def compile_image(kernel: CudaKernel, sm: int) -> tuple[bytes, str]:
 
     package, _, name = kernel.source.partition("/")
     source = resources.files(package).joinpath(name).read_bytes()
-    here = resources.files("moecompiler.plugins.hopper")
-    headers = {header: here.joinpath(header).read_bytes() for header in _HEADERS} | {"wgmma.cuh": wgmma_header()}
+    headers = _headers("moecompiler.plugins.hopper") | _headers(package) | {"wgmma.cuh": wgmma_header()}
     options = [f"--gpu-architecture=sm_{sm}a", "-std=c++17", "-default-device", "--ptxas-options=-v"]
     options += [f"-DCOMPILE_{kernel.function}"]
     options += [f"-D{key}={int(value) if isinstance(value, bool) else value}" for key, value in kernel.constants]
@@ -43,6 +40,11 @@ def compile_image(kernel: CudaKernel, sm: int) -> tuple[bytes, str]:
         return bytes(image), _log(program)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
+
+
+def _headers(package: str) -> dict[str, bytes]:
+    files = resources.files(package).iterdir()
+    return {file.name: file.read_bytes() for file in files if file.name.endswith(".cuh")}
 
 
 def _checked(program: Any, result: tuple[Any, ...]) -> Any:

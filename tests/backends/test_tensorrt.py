@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from moecompiler.atomic import temporary_path
 from moecompiler.backends.base import BuildSettings, EngineLimits
 from moecompiler.backends.choose import find_backend
-from moecompiler.backends.tensorrt import import_tensorrt
+from moecompiler.backends.tensorrt import import_tensorrt, kept_timings
 from moecompiler.backends.tensorrt_messages import explain
 from moecompiler.backends.tensorrt_record import Made, Record, check_fits
 from moecompiler.errors import UserError
@@ -44,6 +45,12 @@ def test_broken_is_told_apart_from_missing(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     with pytest.raises(UserError, match=r"^TensorRT does not load \(libnvinfer.so.10: cannot open"):
         import_tensorrt()
+
+
+def test_timings_that_another_rank_is_writing_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "rank0.timing").write_bytes(b"whole")
+    temporary_path(tmp_path / "rank1.timing").write_bytes(b"ha")
+    assert kept_timings(tmp_path) == [b"whole"]
 
 
 def test_record_round_trip(tmp_path: Path) -> None:
