@@ -7,6 +7,7 @@ makes only the part it needs.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,24 @@ from moecompiler.uniform import fill_uniform, key_of
 from moecompiler.weights import Shape
 
 NORM_DEVIATION = 0.05
+BAND = 1 << 22  # elements of a box that one thread makes at least: fewer take no time
 
 
 class DummyCheckpoint:
     """A model of ``config`` with weights from ``seed``, in ``dtype``.
 
     Weights are uniform: those of norms around 1, a matrix's around 0 with deviation ``fan_in ** -0.5``, which is about
-    HF's 0.02 for Mixtral and keeps activations at the same size from layer to layer in a model of any width.
+    HF's 0.02 for Mixtral and keeps activations at the same size from layer to layer in a model of any width. Large boxes are
+    made by up to ``threads`` threads.
     """
 
     files: tuple[Path, ...] = ()
 
-    def __init__(self, config: ModelConfig, seed: int = 0, dtype: str = "bfloat16"):
+    def __init__(self, config: ModelConfig, seed: int = 0, dtype: str = "bfloat16", threads: int = 1):
         """Raises: UserError where ``dtype`` is no dtype of weights."""
         if dtype not in DTYPES:
             raise UserError(f"dummy weights of dtype {dtype!r}: it must be one of {', '.join(DTYPES)}")
-        self.config, self.seed = config, seed
+        self.config, self.seed, self.threads = config, seed, threads
         self._dtype, self._shapes = dtype, expected_tensors(config)
 
     def dtype(self, name: str) -> str:
@@ -56,15 +59,26 @@ class DummyCheckpoint:
         else:
             deviation, center, box = whole[-1] ** -0.5, 0.0, shape
         out = np.empty(box, numpy_dtype(self._dtype))
-        fill_uniform(out, key, start, center, deviation)
+        rows = -(-box[0] // max(1, min(self.threads, out.size // BAND)))
+        bands = range(0, box[0], rows) if out.size else ()
+
+        def fill(first: int) -> None:
+            fill_uniform(out[first : first + rows], key, (start[0] + first, start[1]), center, deviation)
+
+        if len(bands) > 1:
+            with ThreadPoolExecutor(len(bands)) as pool:
+                list(pool.map(fill, bands))
+        else:
+            fill(0)
         return out.reshape(shape)
 
     def identity(self) -> dict[str, Any]:
         return {"kind": "dummy", "seed": self.seed, "dtype": self._dtype, "config": self.config.to_json()}
 
 
-def open_source(identity: Mapping[str, Any], config: ModelConfig) -> Source:
-    """Reopens a source from its ``identity()``, for ``config``: the model it was opened with, or fewer of its layers.
+def open_source(identity: Mapping[str, Any], config: ModelConfig, threads: int = 1) -> Source:
+    """Reopens a source from its ``identity()``, for ``config``: the model it was opened with, or fewer of its layers. Weights
+    from a seed are made by up to ``threads`` threads.
 
     Raises: UserError where a file has changed since, or the source is not of that model.
     """
@@ -75,4 +89,4 @@ def open_source(identity: Mapping[str, Any], config: ModelConfig) -> Source:
     for name, shape in expected_tensors(config).items():
         if has.get(name) != shape:
             raise UserError(f"the dummy checkpoint is of another model: {name} is {has.get(name)}, expected {shape}")
-    return DummyCheckpoint(config, identity["seed"], identity["dtype"])
+    return DummyCheckpoint(config, identity["seed"], identity["dtype"], threads)

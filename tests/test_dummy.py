@@ -15,7 +15,7 @@ from checkpoints import save_hf, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moecompiler import uniform
+from moecompiler import dummy, uniform
 from moecompiler.checkpoint import HFCheckpoint, check_unchanged, expected_tensors, open_checkpoint
 from moecompiler.config import PRESETS, ModelConfig, parse_config
 from moecompiler.dummy import DummyCheckpoint, open_source
@@ -42,6 +42,17 @@ def test_a_box_is_the_box_of_the_whole(data: st.DataObject, name: str, chunk: in
         box = source.read(name, start, shape)
     assert box.shape == shape
     np.testing.assert_array_equal(box, full[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))])
+
+
+@pytest.mark.parametrize("threads", [2, 5, 64])
+def test_threads_make_the_same_numbers(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dummy, "BAND", 16)
+    for name, shape in expected_tensors(CONFIG).items():
+        one, several = (DummyCheckpoint(CONFIG, 3, "float16", count) for count in (1, threads))
+        np.testing.assert_array_equal(whole(several, name), whole(one, name))
+        cut = tuple(size - 1 for size in shape)
+        start = (1,) * len(shape)
+        np.testing.assert_array_equal(several.read(name, start, cut), one.read(name, start, cut))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -112,6 +112,8 @@ def _under_launcher(request: Request, artifact: Artifact, communicator: Communic
 
 def validate_with(request: Request, artifact: Artifact, communicator: Communicator) -> Report:
     """One rank's part; every rank returns the whole report."""
+    import torch
+
     from moecompiler.dummy import open_source
     from moecompiler.validation.place import RankPlace
     from moecompiler.validation.scenario import random_scenario, text_scenario
@@ -119,7 +121,8 @@ def validate_with(request: Request, artifact: Artifact, communicator: Communicat
     from moecompiler.validation.validate import validate_rank
 
     job, limits = Job.of(artifact), EngineLimits(**artifact.header["limits"])
-    reader = together(communicator, lambda: open_source(job.source, job.model))
+    threads = max(1, torch.get_num_threads() // artifact.world_size)
+    reader = together(communicator, lambda: open_source(job.source, job.model, threads))
     scenarios = [random_scenario(limits, request.seed)]
     if real := text_scenario(request.text_ids, limits, request.tokens):
         scenarios.append(real)
@@ -245,7 +248,7 @@ def _print_quality(console: Console, report: Report, mark: dict[bool, str]) -> N
             str(each.tokens),
             f"{each.max_abs:.2e}",
             f"{each.kl:.2e}",
-            f"{each.top1:.2%}",
+            f"{each.top1:.2%}" + (f" ({each.ties} at a tie)" if each.ties else ""),
             f"{each.perplexity:.4f}" if likely else "",
             f"{each.hf_perplexity:.4f}" if likely else "",
             mark[each.passed],

@@ -20,7 +20,8 @@ from moecompiler.validation.tolerances import Tolerance
 @dataclass(frozen=True)
 class Quality:
     """Over ``tokens`` predictions: the largest error of a logit, the mean KL divergence from HF's distribution (nats), the
-    share of predictions whose most likely token is HF's, and both models' perplexity on the tokens that follow."""
+    share of predictions whose most likely token is HF's, and both models' perplexity on the tokens that follow. ``ties`` of the
+    others are tokens between which HF's model hardly decides (``difference.at_tie``), and not counted against it."""
 
     scenario: str
     tokens: int
@@ -30,6 +31,7 @@ class Quality:
     perplexity: float
     hf_perplexity: float
     passed: bool
+    ties: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -37,14 +39,14 @@ class Quality:
 
 def load_hf(config: ModelConfig, identity: dict[str, Any], reader: Source) -> torch.nn.Module:
     """``MixtralForCausalLM`` in float32 on the CPU: loaded by transformers itself from a checkpoint, or filled with the dummy
-    weights."""
+    weights, or with the numbers that a quantized checkpoint's codes stand for."""
     from transformers import MixtralConfig, MixtralForCausalLM
     from transformers.initialization import no_init_weights
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if identity["kind"] == "hf":
+    if identity["kind"] == "hf" and "quantization" not in identity:
         return MixtralForCausalLM.from_pretrained(
             Path(identity["model_dir"]),
             dtype=torch.float32,
@@ -78,7 +80,7 @@ def fill_hf(model: torch.nn.Module, config: ModelConfig, reader: Source) -> None
     state = model.state_dict()
     rows = config.intermediate_size
     for name, shape in expected_tensors(config).items():
-        value = to_torch(np.ascontiguousarray(reader.read(name, (0,) * len(shape), shape))).float()
+        value = to_torch(np.ascontiguousarray(reader.read(name, (0,) * len(shape), shape)))
         layer, found, expert = name.partition(".block_sparse_moe.experts.")
         if not found:
             state[name.replace("block_sparse_moe", "mlp")].copy_(value)
@@ -117,4 +119,5 @@ def compare(logits: np.ndarray, reference: np.ndarray, scenario: Scenario, toler
         perplexity(logits),
         perplexity(reference),
         found.passed,
+        found.ties,
     )

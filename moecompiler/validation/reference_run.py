@@ -58,8 +58,29 @@ def choose_rows(module: RankModule, place: RankPlace, scenario: Scenario, commun
     at the same time, and get the same."""
     tokens = scenario.candidates()
     whole = Scenario(scenario.name, tokens, (tokens.shape[1],) * len(tokens), 0)
-    (record,) = run_reference(module, place, whole.steps(), communicator)
+    with _routed_only(module, place):
+        (record,) = run_reference(module, place, whole.steps(), communicator)
     return without_ties(scenario, np.min(communicator.gather_objects(record.margins), axis=0))
+
+
+@contextmanager
+def _routed_only(module: RankModule, place: RankPlace) -> Iterator[None]:
+    """Meanwhile the model's last experts add nothing: no router comes after them, and they are most of the work of a layer."""
+    if not place.mapping.is_last_stage(place.rank):
+        yield
+        return
+    block = module.get_submodule(f"model.layers.{place.layers[-1]}.mlp")
+    experts = block.get_submodule("experts")
+    block.register_module("experts", _NoExperts())
+    try:
+        yield
+    finally:
+        block.register_module("experts", experts)
+
+
+class _NoExperts(torch.nn.Module):
+    def forward(self, x: torch.Tensor, _share: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(x)
 
 
 def call_module(module: RankModule, place: RankPlace, feeds: Arrays) -> tuple[Arrays, np.ndarray]:

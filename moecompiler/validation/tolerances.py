@@ -20,7 +20,8 @@ class Tolerance:
     """``atol`` and ``rtol`` bound an output's elements, ``|a - b| <= atol + rtol * |b|``; ``norm`` bounds a token's
     ``‖a - b‖ / ‖b‖`` in one layer's part fed with the reference's values; ``logits`` a token's largest error of a logit;
     ``kl`` the mean Kullback-Leibler divergence (nats a token) from HF's distribution; ``top1`` is the least share of tokens
-    whose most likely successor is HF's.
+    whose most likely successor is HF's, or is one of ``ties`` tokens at most whose two most likely ones the bounds cannot tell
+    apart (``tied``): of few tokens one alone is more than the share that may differ.
 
     ``outliers`` is the share of tokens (of elements, for outputs) that may be beyond these bounds: where two experts score
     alike, a narrow type's rounding decides otherwise than float32's, and that token's values are others from there on. A
@@ -40,9 +41,15 @@ class Tolerance:
     outliers: float = 0.0
     tie: float = 0.0
     rerouted: float = 0.0
+    ties: int = 3
 
     def to_json(self) -> dict[str, float]:
         return asdict(self)
+
+    @property
+    def tied(self) -> float:
+        """The gap of two logits up to which either may come out as the larger: each may be off by ``atol``."""
+        return 2 * self.atol
 
     def worst(self, errors: np.ndarray) -> float:
         """The largest of the errors, but for the outliers; infinite where an error is no number."""

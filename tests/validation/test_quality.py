@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from moecompiler.config import PRESETS, ExportOptions, ModelConfig
 from moecompiler.dummy import DummyCheckpoint
 from moecompiler.mapping import Mapping
 from moecompiler.reference import empty_caches, load_rank_module
-from moecompiler.validation.difference import relative_errors
+from moecompiler.validation.difference import logits_differ, outputs_differ, relative_errors
 from moecompiler.validation.quality import compare, hf_logits, load_hf
 from moecompiler.validation.scenario import Scenario, random_scenario, text_scenario
 from moecompiler.validation.tolerances import TOLERANCES
@@ -53,6 +55,42 @@ def test_figures_of_known_distributions() -> None:
     assert quality.perplexity == pytest.approx(2.0)
     assert quality.hf_perplexity == pytest.approx((0.75 * 0.25) ** -0.5, rel=1e-5)
     assert not quality.passed
+
+
+def likely_tokens(gaps: list[float], chosen: float) -> tuple[np.ndarray, np.ndarray]:
+    """Twelve tokens' logits ``[12, 3]`` of a reference and of a model that differs on the first of them: there the reference has
+    its second at ``gap`` below its first, and the model has it ``chosen`` above."""
+    reference = np.tile(np.array([4.0, 0.0, -1.0], np.float32), (12, 1))
+    logits = reference.copy()
+    for token, gap in enumerate(gaps):
+        reference[token, 1] = reference[token, 0] - gap
+        logits[token, 1] = logits[token, 0] + chosen
+    return logits, reference
+
+
+HALF = TOLERANCES["float16"]
+
+
+@pytest.mark.parametrize(
+    ("gaps", "chosen", "ties", "passed"),
+    [
+        ([], 0.0, 0, True),
+        ([0.02], 0.01, 1, True),
+        ([2 * HALF.atol - 1e-3], 0.01, 1, True),
+        ([2 * HALF.atol + 1e-3], 0.01, 0, False),  # no tie
+        ([0.02], HALF.logits + 0.1, 1, False),  # a tie, and out of bounds all the same
+        ([0.02] * 3, 0.01, 3, True),
+        ([0.02] * 4, 0.01, 3, False),  # too many
+        ([0.02, 0.1], 0.01, 1, False),  # one of each
+    ],
+)
+def test_a_tie_of_two_logits_is_no_other_choice(gaps: list[float], chosen: float, ties: int, passed: bool) -> None:
+    logits, reference = likely_tokens(gaps, chosen)
+    loose = replace(HALF, kl=1.0, outliers=0.0)
+    found = logits_differ(logits, reference, loose)
+    assert (found.ties, found.passed) == (ties, passed)
+    assert found.top1 == pytest.approx(1 - len(gaps) / 12)
+    assert outputs_differ([logits, logits], [reference, reference], loose).ties == 2 * ties
 
 
 def test_not_finite_is_never_within_tolerance() -> None:

@@ -149,6 +149,40 @@ def test_random_rows_are_chosen_away_from_ties(module: RankModule, place: RankPl
         np.testing.assert_array_equal(tokens, chosen.tokens)
 
 
+def test_rows_are_chosen_by_margins_of_the_whole_model(module: RankModule, place: RankPlace) -> None:
+    """Though the last experts are passed over meanwhile."""
+    tokens = SCENARIO.candidates()
+    (step,) = Scenario("random", tokens, (tokens.shape[1],) * len(tokens), 0).steps()
+    experts = module.model.layers["3"].mlp.experts
+    expected = without_ties(SCENARIO, run_reference(module, place, [step], Alone())[0].margins)
+    np.testing.assert_array_equal(choose_rows(module, place, SCENARIO, Alone()).tokens, expected.tokens)
+    assert module.model.layers["3"].mlp.experts is experts
+
+
+@pytest.mark.parametrize(("kind", "again"), [("f2", 3), ("f4", 0)])
+def test_steps_run_again_where_inputs_are_rounded(module: RankModule, place: RankPlace, kind: str, again: int) -> None:
+    """The first step's are token ids and empty caches, which no type changes."""
+    records = run_reference(module, place, SCENARIO.steps(), Alone())
+    ran: list[int] = []
+
+    def call(feeds: Arrays) -> tuple[Arrays, np.ndarray]:
+        ran.append(int(feeds["position_ids"][0, 0]))
+        return call_module(module, place, feeds)
+
+    found = compare_rank(
+        place,
+        SCENARIO.name,
+        lambda example: ModuleRunner(lambda feeds: call_module(module, place, feeds)[0], example, "engine"),
+        {name: np.dtype(kind if x.dtype.kind == "f" else "i8") for name, x in records[0].feeds.items()},
+        call,
+        records,
+        HALF,
+    )
+    assert len(ran) == again
+    assert 0 not in ran
+    assert max(each.max_abs for each in found) < 1e-5
+
+
 def test_the_longest_row_chooses_first_by_the_tokens_that_it_has() -> None:
     scenario = Scenario("random", np.array([[0] * 4, [1] * 4]), (3, 1), 1, np.array([[2] * 4]))
     margins = np.array([[0.5, 0.5, 0.5, 0.1], [0.3, 0.9, 0.9, 0.9], [0.7, 0.7, 0.0, 0.0]])

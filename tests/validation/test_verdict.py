@@ -39,6 +39,15 @@ def test_the_first_output_that_is_off_is_named(outputs: tuple[str, ...], says: s
     assert verdict(report).startswith("OUT OF TOLERANCE")
 
 
+def test_ties_of_logits_are_reported() -> None:
+    console = Console(width=200, file=StringIO(), record=True)
+    tie = replace(QUALITY, top1=11 / 12, tokens=12, ties=1, passed=True)
+    print_report(console, Report(TOLERANCES["float16"], (), (), (tie, QUALITY)))
+    text = console.export_text()
+    assert "91.67% (1 at a tie)" in text
+    assert text.count("at a tie") == 1
+
+
 def test_tokens_that_are_left_out_are_reported() -> None:
     logits = replace(output(1, "logits", passed=True), rerouted=2, rerouted_margin=1.2e-3)
     console = Console(width=200, file=StringIO(), record=True)
