@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from moecompiler.passes.pipelines import AUTO, default_pipeline
 from moecompiler.passes.selection import Selection
 from moecompiler.quantization.recipe import QuantizationRecipe
+from moecompiler.tools import calibration_options as cal
 from moecompiler.tools import engine_options as eng
 from moecompiler.tools import options as opt
 from moecompiler.tools import quantization_options as quant
@@ -51,6 +52,18 @@ class QuantizationFlags:
     weight_only_precision: quant.WeightOnlyPrecisionOption = None
     group_size: quant.GroupSize = None
     quantization: quant.RecipeFile = None
+
+
+@dataclass(frozen=True)
+class CalibrationFlags:
+    """What activations are measured on; ``calibration.run_calibrate`` reads them. Lengths are in tokens."""
+
+    calib_size: cal.CalibSize = 512
+    calib_dataset: cal.CalibDataset = None
+    calib_max_seq_length: cal.CalibMaxSeqLength = 512
+    calib_min_tokens: cal.CalibMinTokens = None
+    tokenizer_dir: cal.TokenizerDir = None
+    device: cal.DeviceOption = cal.Device.cpu
 
 
 @dataclass(frozen=True)

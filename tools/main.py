@@ -12,6 +12,7 @@ from moecompiler import __version__
 from moecompiler.errors import UserError
 from moecompiler.tools.bench import bench
 from moecompiler.tools.build import build
+from moecompiler.tools.calibrate import calibrate
 from moecompiler.tools.compile import compile_
 from moecompiler.tools.export import export
 from moecompiler.tools.inspection import inspect
@@ -25,6 +26,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "export": export,
     "optimize": optimize,
     "build": build,
+    "calibrate": calibrate,
     "run": run,
     "bench": bench,
     "validate": validate,
