@@ -3,35 +3,33 @@
 Tensors go by their published names (``model.layers.0.block_sparse_moe.experts.3.w1.weight``). Some checkpoints hold the
 experts fused instead, as transformers 5 keeps them in memory (``modeling_mixtral.MixtralExperts``): ``gate_up_proj
 [E, 2F, H]``, each expert's gate rows first, then its up rows, and ``down_proj [E, H, F]``. There a published tensor is still
-one run of bytes, so either layout resolves to a file, an offset and a shape.
+one run of bytes, so either layout resolves to a file, an offset and a shape. Quantized weights are ``published_checkpoint``'s.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from moecompiler.checkpoint_files import find_files, raise_problems, read_json
 from moecompiler.config import DTYPES, ModelConfig
 from moecompiler.errors import UserError
+from moecompiler.published_checkpoint import QuantizedCheckpoint, take_quantized
+from moecompiler.quantization.published_config import MODELOPT_FILE, load_published_config
 from moecompiler.safetensors_file import StoredTensor, map_tensor, read_header
 from moecompiler.weights import Shape, TensorReader
 
-INDEX = "model.safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-LISTED = 8  # how many names a message gives
 FINITE_CHUNK = 1 << 22  # elements looked at together for NaN and infinity
 
 
 class Source(TensorReader, Protocol):
-    """Where weights come from: ``HFCheckpoint`` or ``dummy.DummyCheckpoint``."""
+    """Where weights come from: ``HFCheckpoint``, ``QuantizedCheckpoint`` or ``dummy.DummyCheckpoint``."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -105,14 +103,19 @@ class HFCheckpoint:
         return self.stamp
 
 
-def open_checkpoint(model_dir: Path, config: ModelConfig, *, check_finite: bool = False) -> HFCheckpoint:
+def open_checkpoint(
+    model_dir: Path, config: ModelConfig, *, check_finite: bool = False
+) -> HFCheckpoint | QuantizedCheckpoint:
     """Opens the directory's safetensors files and checks, from their headers, that they hold the model of ``config``.
 
     ``config`` may be cut by ``with_layers``; the further layers are passed over. ``check_finite`` also reads every weight.
-    Raises: UserError that lists what is missing, unexpected, held twice, of the wrong shape or dtype, or not finite.
+    Raises: UserError that lists what is missing, unexpected, held twice, of the wrong shape or dtype, or not finite; or says
+    what is wrong with a quantized weight.
     """
-    names, weight_map = _find_files(model_dir)
-    total_layers = _own_config(model_dir).get("num_hidden_layers", config.num_hidden_layers)
+    names, weight_map = find_files(model_dir)
+    own_config = model_dir / "config.json"
+    own = read_json(own_config) if own_config.exists() else {}
+    published = load_published_config(model_dir)
     stamp = _stamp(model_dir, names)
     headers = {name: read_header(model_dir / name) for name in names}
     stored: dict[str, StoredTensor] = {}
@@ -121,80 +124,25 @@ def open_checkpoint(model_dir: Path, config: ModelConfig, *, check_finite: bool 
         twice += [f"{name} (in {stored[name].file.name} and {file})" for name in header if name in stored]
         stored |= header
     lacking = [f"{name} ({file})" for name, file in weight_map.items() if name not in headers[file]]
+    total_layers = own.get("num_hidden_layers", config.num_hidden_layers)
     wanted = {name: tensor for name, tensor in stored.items() if not _ignored(name, config, total_layers)}
-    tensors, problems = _resolve(wanted, config)
+    codes = None
+    if published is not None:
+        codes, wanted = take_quantized(published, wanted, config, expected_tensors(config), str(model_dir))
+    tensors, problems = _resolve(wanted, config, codes.shapes if codes else ())
     among_files = {"tensors held twice": twice, "tensors that the index puts into a file without them": lacking}
-    _raise_problems(model_dir, among_files | problems)
+    raise_problems(model_dir, among_files | problems)
     if check_finite:
         broken = [name for name, tensor in tensors.items() if not _is_finite(map_tensor(tensor))]
-        _raise_problems(model_dir, {"tensors with NaN or infinity": broken}, advice="download it again")
+        raise_problems(model_dir, {"tensors with NaN or infinity": broken}, advice="download it again")
     if config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    return HFCheckpoint(config, tensors, stamp)
-
-
-def _find_files(model_dir: Path) -> tuple[list[str], dict[str, str]]:
-    """The names of the directory's safetensors files, and its index (tensor → file; empty where there is none).
-
-    Like transformers, takes ``model.safetensors`` first, then the index; failing these, a single file of any name.
-    Raises: UserError where there is no such thing, or only pickles.
-    """
-    give = "give the folder of a Hugging Face checkpoint"
-    try:
-        entries = sorted(path.name for path in model_dir.iterdir())
-    except OSError as error:
-        raise UserError(f"{model_dir}: {error.strerror}; {give}") from None
-    if "model.safetensors" in entries:
-        return ["model.safetensors"], {}
-    if INDEX in entries:
-        weight_map = _read_index(model_dir / INDEX)
-        names = sorted(set(weight_map.values()))
-        _raise_problems(model_dir, {"files missing that the index names": [n for n in names if n not in entries]})
-        return names, weight_map
-    found = fnmatch.filter(entries, "*.safetensors")
-    if len(found) > 1:
-        raise UserError(f"{model_dir}: several safetensors files ({_listed(found)}) without {INDEX}; download that too")
-    pickles = [name for name in entries if Path(name).suffix in PICKLES]
-    if pickles and not found:
-        raise UserError(
-            f"{model_dir}: holds only pickles ({_listed(pickles)}), and unpickling runs whatever code they carry; download"
-            " the safetensors revision, or, if you trust them, load them with transformers and call"
-            " save_pretrained(directory, safe_serialization=True)"
-        )
-    if not found:
-        raise UserError(f"{model_dir}: {'holds no *.safetensors file' if entries else 'is empty'}; {give}")
-    return found, {}
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """The index's ``weight_map``. Raises: UserError where it has none, or names files outside the directory."""
-    weight_map = _read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{path}: has no weight_map from tensors to files; download it again")
-    for file in weight_map.values():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise UserError(f"{path}: names the file {file!r}; shards must lie beside the index")
-    return weight_map
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: holds {type(data).__name__}, not a JSON object")
-    return data
-
-
-def _own_config(model_dir: Path) -> dict[str, Any]:
-    """The directory's ``config.json``, if any. Raises: UserError where it says that the weights are quantized."""
-    path = model_dir / "config.json"
-    data = _read_json(path) if path.exists() else {}
-    if quantization := data.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise UserError(f"{model_dir}: is quantized ({method}) and cannot be compiled; give the unquantized checkpoint")
-    return data
+    if codes is None:
+        return HFCheckpoint(config, tensors, stamp)
+    source = QuantizedCheckpoint(HFCheckpoint(config, tensors, stamp | codes.stamp(config)), codes)
+    if check_finite:
+        codes.check()
+    return source
 
 
 def _ignored(name: str, config: ModelConfig, total_layers: int) -> bool:
@@ -222,10 +170,12 @@ def _stored_layouts(config: ModelConfig) -> dict[str, tuple[Shape, tuple[str, ..
 
 
 def _resolve(
-    stored: dict[str, StoredTensor], config: ModelConfig
+    stored: dict[str, StoredTensor], config: ModelConfig, held: Collection[str]
 ) -> tuple[dict[str, StoredTensor], dict[str, list[str]]]:
-    """Published name → where it lies, in the order of ``expected_tensors``; and what is wrong, by kind."""
-    expected, layouts = expected_tensors(config), _stored_layouts(config)
+    """Published name → where it lies, in the order of ``expected_tensors``; and what is wrong, by kind. Weights that are
+    ``held`` as codes lie elsewhere."""
+    expected = {name: shape for name, shape in expected_tensors(config).items() if name not in held}
+    layouts = {name: layout for name, layout in _stored_layouts(config).items() if not set(layout[1]) & set(held)}
     tensors: dict[str, StoredTensor] = {}
     twice: dict[str, None] = {}  # as an ordered set: one fused tensor clashes with many
     shapes, dtypes = [], []
@@ -252,22 +202,6 @@ def _resolve(
     return {name: tensors[name] for name in expected if name in tensors}, problems
 
 
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
-
-
-def _raise_problems(
-    model_dir: Path,
-    problems: Mapping[str, Sequence[str]],
-    advice: str = "download it again, or check that config.json belongs to it",
-) -> None:
-    """Raises one UserError that lists every kind of problem with names under it."""
-    kinds = [f"{kind} ({len(names)}): {_listed(names)}" for kind, names in problems.items() if names]
-    if kinds:
-        raise UserError(f"{model_dir}: {'; '.join(kinds)}; {advice}")
-
-
 def _is_finite(array: np.ndarray) -> bool:
     """Whether a float array holds neither NaN nor infinity; by the bits, as numpy has no fast test for bfloat16."""
     unsigned = np.dtype(f"u{array.dtype.itemsize}")
@@ -281,8 +215,8 @@ def _stamp(model_dir: Path, names: Sequence[str]) -> dict[str, Any]:
     """``HFCheckpoint.identity()``: the files by size and time, for they are too large to be hashed each time."""
     try:
         stats = {name: (model_dir / name).stat() for name in names}
-        config = model_dir / "config.json"
-        config_sha256 = hashlib.sha256(config.read_bytes()).hexdigest() if config.exists() else None
+        configs = [path for path in (model_dir / name for name in ("config.json", MODELOPT_FILE)) if path.exists()]
+        config_sha256 = hashlib.sha256(b"".join(path.read_bytes() for path in configs)).hexdigest() if configs else None
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
     files = {name: {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns} for name, stat in stats.items()}
@@ -296,4 +230,4 @@ def check_unchanged(identity: Mapping[str, Any]) -> None:
     changed = [name for name, was in identity["files"].items() if now["files"][name] != was]
     if now["config_sha256"] != identity["config_sha256"]:
         changed.append("config.json")
-    _raise_problems(model_dir, {"files changed since they were first read": changed}, advice="start over")
+    raise_problems(model_dir, {"files changed since they were first read": changed}, advice="start over")

@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 
 from moecompiler.errors import UserError
+from moecompiler.held_codes import held_codes
 from moecompiler.quantization.arithmetic import dequantize, quantize
 from moecompiler.quantization.packing import less_eight
-from moecompiler.quantization.schemes import Format, WeightScheme
+from moecompiler.quantization.schemes import Format, QuantizedTensor, WeightScheme
 from moecompiler.weights import NUMPY_DTYPES, Part, Quantized, Recipe, TensorReader, materialize
 
 _THREADS = 4  # numpy lets them calculate at the same time; with fewer cores they take turns
@@ -58,15 +59,8 @@ def _parts_of(quantized: Quantized, dtype: str, reader: TensorReader) -> dict[Pa
     TensorRT knows no unsigned codes: those with zero points are stored less 8, and so are the zero points, which changes no
     difference of the two.
     """
-    source, scheme = quantized.source, quantized.scheme
-    weight = materialize(source, reader)
-    try:
-        made = quantize(weight, scheme, source.dtype, _THREADS)
-    except ValueError as error:
-        first, *others = sorted(source.sources)
-        names = f"{first}, or {others[-1]}" if others else first
-        raise UserError(f"{names}: cannot be quantized: {error}") from None
-    del weight
+    scheme = quantized.scheme
+    made = held_codes(quantized.source, scheme, reader) or _quantized(quantized.source, scheme, reader)
     if quantized.part is Part.WEIGHT:
         numbers = dequantize(replace(made, scales=made.scales.astype(NUMPY_DTYPES[dtype])))
         return {Part.WEIGHT: np.ascontiguousarray(numbers.transpose(quantized.perm or range(numbers.ndim)))}
@@ -74,4 +68,16 @@ def _parts_of(quantized: Quantized, dtype: str, reader: TensorReader) -> dict[Pa
     parts = {Part.CODES: less_eight(made.codes) if unsigned else made.codes, Part.SCALES: made.scales}
     if made.zero_points is not None:
         parts[Part.ZERO_POINTS] = less_eight(made.zero_points)
+    if made.order is not None:
+        parts[Part.POSITIONS] = np.argsort(made.order, axis=-1)
     return parts
+
+
+def _quantized(source: Recipe, scheme: WeightScheme, reader: TensorReader) -> QuantizedTensor:
+    weight = materialize(source, reader)
+    try:
+        return quantize(weight, scheme, source.dtype, _THREADS)
+    except ValueError as error:
+        first, *others = sorted(source.sources)
+        names = f"{first}, or {others[-1]}" if others else first
+        raise UserError(f"{names}: cannot be quantized: {error}") from None

@@ -63,17 +63,20 @@ class Piece:
 
 
 class Part(StrEnum):
-    """What a quantized weight consists of, in the order in which it is asked for; ``WEIGHT`` is the numbers it stands for."""
+    """What a quantized weight consists of, in the order in which it is asked for; ``POSITIONS``: where in a row of codes each
+    input feature stands, for act-order; ``WEIGHT`` is the numbers it stands for."""
 
     CODES = "codes"
     SCALES = "scales"
     ZERO_POINTS = "zero_points"
+    POSITIONS = "positions"
     WEIGHT = "weight"
 
 
 @dataclass(frozen=True)
 class Quantized:
     """A part of what ``scheme`` makes of ``source`` ``[..., out, in]``, a recipe of boxes; scales are of the source's dtype.
+    Where the checkpoint holds such codes itself, they are taken as they are.
 
     A ``WEIGHT`` may be of a wider dtype than its scales: it is rounded to that alone. ``perm``: its axes are permuted so at the
     end; empty leaves them.

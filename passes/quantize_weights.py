@@ -207,7 +207,7 @@ def _dequantize_before(
 
 
 def _parts(weight: _Weight, found: _Found, weights: dict[str, Recipe], made: _Made) -> list[gs.Tensor]:
-    """Codes, scales and zero points of a weight: rows of all experts."""
+    """Codes, scales, zero points and positions of a weight: rows of all experts."""
     if weight.name in made:
         return made[weight.name]
     recipe, form, scheme = weight.recipe, found.form, found.scheme
@@ -217,6 +217,8 @@ def _parts(weight: _Weight, found: _Found, weights: dict[str, Recipe], made: _Ma
     wanted = {Part.CODES: (form.codes_dtype, (rows, features)), Part.SCALES: (recipe.dtype, scales)}
     if form.asymmetric:
         wanted[Part.ZERO_POINTS] = ("int8", scales)
+    if form.ordered:
+        wanted[Part.POSITIONS] = ("int64", (prod(lead[:-1]), features))
     tensors = []
     for part, (dtype, shape) in wanted.items():
         name = f"{weight.name.removesuffix('.T')}.{part}"

@@ -43,6 +43,7 @@ def describe(artifact: Artifact) -> dict[str, Any]:
         "model": job.model.to_json(),
         "export": job.export.to_json(),
         "weights_from": _weights_from(job),
+        "checkpoint_format": job.source.get("quantization", {}).get("format"),
         "pipeline": artifact.header.get("pipeline"),
         "backend": artifact.header.get("backend"),
         "limits": artifact.header.get("limits"),
@@ -100,6 +101,8 @@ def _print_summary(console: Console, data: dict[str, Any]) -> None:
         f" (top {model['num_experts_per_tok']}), vocabulary {model['vocab_size']}",
     )
     table.add_row("weights", data["weights_from"])
+    if data["checkpoint_format"]:
+        table.add_row("checkpoint", data["checkpoint_format"])
     table.add_row("dtype", data["export"]["dtype"])
     if data["quantization"] is not None:
         table.add_row("quantization", _rules(data["quantization"]))

@@ -19,13 +19,15 @@ from moecompiler.mapping import Mapping, check_mapping
 from moecompiler.quantization.as_json import recipe_from_json, recipe_to_json
 from moecompiler.quantization.recipe import QuantizationRecipe
 from moecompiler.tools.flags import GraphFlags, MappingFlags, QuantizationFlags, SourceFlags
-from moecompiler.tools.quantization import checked_recipe
+from moecompiler.tools.quantization import held_or_asked
+
+_NOTHING = QuantizationFlags()
 
 
 @dataclass(frozen=True)
 class Job:
     """``source``: the identity of the checkpoint, see ``checkpoint.Source.identity``. ``quantization``: which of its weights
-    engines are to hold as codes; None: none."""
+    engines are to hold as codes, those included that the checkpoint holds so itself; None: none."""
 
     model: ModelConfig
     mapping: Mapping
@@ -91,14 +93,14 @@ def resolve_export(config: ModelConfig, flags: GraphFlags) -> ExportOptions:
 
 
 def make_job(
-    source: SourceFlags, parallel: MappingFlags, graph: GraphFlags, quantization: QuantizationFlags | None = None
+    source: SourceFlags, parallel: MappingFlags, graph: GraphFlags, quantization: QuantizationFlags = _NOTHING
 ) -> Job:
     """Raises: UserError where there is no such model, or it cannot be split or quantized so."""
     mapping = Mapping.create(parallel.tp_size, parallel.pp_size, parallel.moe_tp_size, parallel.moe_ep_size)
     config, identity = resolve_source(source)
     export = resolve_export(config, graph)
     check_mapping(config, mapping)
-    recipe = None if quantization is None else checked_recipe(quantization, config, mapping)
+    recipe = held_or_asked(quantization, config, mapping, identity)
     return Job(config, mapping, export, identity, recipe)
 
 

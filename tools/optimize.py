@@ -62,7 +62,7 @@ def run_optimize(
     export did. A pass that should have matched and did not is an error, or a
     note on stderr with ``allow_missed``."""
     job = Job.of(source)
-    recipe = passes.recipe or checked_recipe(passes, job.model, job.mapping) or job.quantization
+    recipe = passes.recipe or checked_recipe(passes, job.model, job.mapping, job.source) or job.quantization
     passes, job = replace(passes, recipe=recipe), replace(job, quantization=recipe)
     check_instruments(instruments, passes.selection)
     steps = passes.selection.passes()

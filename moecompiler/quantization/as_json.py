@@ -10,12 +10,16 @@ from moecompiler.quantization.schemes import Format, Granularity, WeightScheme
 
 
 def scheme_to_json(scheme: WeightScheme) -> dict[str, Any]:
-    return asdict(scheme)
+    data = asdict(scheme)
+    if not scheme.act_order:
+        del data["act_order"]
+    return data
 
 
 def scheme_from_json(data: dict[str, Any]) -> WeightScheme:
     """Raises: KeyError, ValueError where the data is not what ``scheme_to_json`` gives."""
-    return WeightScheme(Format(data["format"]), Granularity(data["granularity"]), data["block_size"])
+    format_, granularity = Format(data["format"]), Granularity(data["granularity"])
+    return WeightScheme(format_, granularity, data["block_size"], data.get("act_order", False))
 
 
 def recipe_to_json(recipe: QuantizationRecipe) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from moecompiler.mapping import Mapping as RankMapping
 from moecompiler.quantization.encodings import widen
 from moecompiler.quantization.published_config import PublishedConfig
 from moecompiler.quantization.published_layouts import READERS, Taker, Tensors, tensors_of
+from moecompiler.quantization.recipe import QuantizationRecipe, Rule, default_recipe
 from moecompiler.quantization.schemes import Format, QuantizedTensor
 from moecompiler.weights import Shape
 
@@ -61,9 +62,16 @@ def quantized_layers(config: PublishedConfig, names: Collection[str], model: Mod
     return frozenset(found)
 
 
-def check_parallel(config: PublishedConfig, mapping: RankMapping, where: str) -> None:
+def published_recipe(config: PublishedConfig, quantized: Collection[str], model: ModelConfig) -> QuantizationRecipe:
+    """What the checkpoint holds as codes, as a recipe: its layers ``quantized``, and no others."""
+    kept = [name for stack in linear_stacks(model) for name in stack if name not in quantized]
+    return default_recipe(config.held_scheme).overridden(QuantizationRecipe(tuple(Rule(name, None) for name in kept)))
+
+
+def check_parallel(recipe: QuantizationRecipe, mapping: RankMapping, where: str) -> None:
     """Raises UserError where ranks would have to split features that are in another order than they have."""
-    if config.act_order and mapping.tp_size > 1:
+    ordered = any(rule.scheme is not None and rule.scheme.act_order for rule in recipe.rules)
+    if ordered and mapping.tp_size > 1:
         raise UserError(
             f"{where}: quantized with act-order, whose groups cannot be split over --tp_size {mapping.tp_size}; use"
             " --tp_size 1 (with --pp_size), or a checkpoint without act-order"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,6 +46,17 @@ class PublishedConfig:
     act_order: bool = False
     activations: str | None = None
     kv_cache: str | None = None
+
+    @property
+    def held_scheme(self) -> WeightScheme:
+        """``scheme``, and whether features are in another order."""
+        return replace(self.scheme, act_order=self.act_order)
+
+    @property
+    def described(self) -> str:
+        """Bits of weights and of the activations that meet them, as NVIDIA writes it, and who made it: ``W4A16 (awq)``."""
+        bits = self.scheme.format.bits
+        return f"W{bits}A{bits if self.activations else 16} ({self.method})"
 
 
 def load_published_config(model_dir: Path) -> PublishedConfig | None:

@@ -58,11 +58,13 @@ class Granularity(StrEnum):
 
 @dataclass(frozen=True)
 class WeightScheme:
-    """A format and its granularity. ``block_size`` counts input features, and is given for blocks only."""
+    """A format and its granularity. ``block_size`` counts input features, and is given for blocks only. ``act_order``: a block's
+    features are not neighbours (see ``QuantizedTensor.order``); nothing is quantized so here, but published checkpoints are."""
 
     format: Format
     granularity: Granularity
     block_size: int | None = None
+    act_order: bool = False
 
     def __post_init__(self) -> None:
         if (self.block_size is not None) != (self.granularity is Granularity.BLOCK):
@@ -98,7 +100,7 @@ class WeightScheme:
 
     def __str__(self) -> str:
         block = f" {self.block_size}" if self.block_size else ""
-        return f"{self.format} per {self.granularity}{block}"
+        return f"{self.format} per {self.granularity}{block}{' in act-order' if self.act_order else ''}"
 
 
 INT8 = WeightScheme(Format.INT8, Granularity.CHANNEL)

@@ -5,6 +5,10 @@ scales ``[rows]`` and ``axis`` 0, int4 in blocks with scales ``[rows, in / block
 zero points. Where there are such, the codes themselves are taken as numbers (a scale of 1), and what is subtracted and
 multiplied stands in the body. That is exact: codes less zero points are small integers, and the product is rounded once, as
 ``DequantizeLinear`` rounds it.
+
+Where a checkpoint groups input features in another order than they have (GPTQ's act-order), codes stand in that order, a
+group's side by side, and ``positions`` ``[sets, in]`` says where in a row of codes each feature is. A set of rows has an order
+of its own: all rows, or those of an expert.
 """
 
 from __future__ import annotations
@@ -24,11 +28,13 @@ class Form:
 
     format: Format
     blocks: bool
+    ordered: bool = False
 
     @property
     def name(self) -> str:
         """The end of an op's name: a graph holds one body for each name."""
-        return _NAMES[self.format] + ("" if self.blocks or self.format is Format.INT8 else "Rows")
+        kind = "" if self.blocks or self.format is Format.INT8 else "Rows"
+        return _NAMES[self.format] + kind + ("Ordered" if self.ordered else "")
 
     @property
     def codes_dtype(self) -> str:
@@ -46,14 +52,22 @@ class Form:
     def values(self, weight: str, rows: str, columns: str) -> tuple[Value, ...]:
         """The inputs that stand for ``weight`` ``[rows, columns]``."""
         scales = (rows, f"{columns}_blocks") if self.blocks else (rows,)
-        values = (Value(f"{weight}_codes", (rows, columns), self.codes_dtype), Value(f"{weight}_scales", scales))
-        return (*values, Value(f"{weight}_zero_points", scales, "int8")) if self.asymmetric else values
+        values: tuple[Value, ...] = (
+            Value(f"{weight}_codes", (rows, columns), self.codes_dtype),
+            Value(f"{weight}_scales", scales),
+        )
+        if self.asymmetric:
+            values = (*values, Value(f"{weight}_zero_points", scales, "int8"))
+        return (*values, Value(f"{weight}_positions", (f"{weight}_sets", columns), "int64")) if self.ordered else values
 
     def body(self, weight: str, result: str) -> str:
         """From these inputs to ``result`` ``[rows, columns]`` of the scales' type."""
         how = "axis = 1, block_size: int = @block_size" if self.blocks else "axis = 0"
         text = _ASYMMETRIC if self.asymmetric else _SYMMETRIC
-        return text.format(w=weight, how=how, result=result)
+        if not self.ordered:
+            return text.format(w=weight, how=how, result=result)
+        inner = f"{weight}_grouped_features"
+        return text.format(w=weight, how=how, result=inner) + _ORDERED.format(w=weight, inner=inner, result=result)
 
 
 _SYMMETRIC = """
@@ -78,12 +92,27 @@ _ASYMMETRIC = """
     {result} = Reshape({w}_products, {w}_shape)
 """
 
+# no Gather along the rows: each set has positions of its own
+_ORDERED = """
+    {w}_sets = Shape<end = 1>({w}_positions)
+    {w}_any = Constant<value_ints = [-1]>()
+    {w}_features_count = Shape<start = 1>({w}_positions)
+    {w}_by_set_shape = Concat<axis = 0>({w}_sets, {w}_any, {w}_features_count)
+    {w}_by_set = Reshape({inner}, {w}_by_set_shape)
+    {w}_by_feature = Transpose<perm = [0, 2, 1]>({w}_by_set)
+    {w}_indices = Unsqueeze({w}_positions, {w}_any)
+    {w}_in_order = GatherND<batch_dims = 1>({w}_by_feature, {w}_indices)
+    {w}_rows_in_order = Transpose<perm = [0, 2, 1]>({w}_in_order)
+    {w}_inner_shape = Shape({inner})
+    {result} = Reshape({w}_rows_in_order, {w}_inner_shape)
+"""
+
 
 def form_of(scheme: WeightScheme) -> Form | None:
     """None for schemes that graphs have no ops for."""
     if scheme.format not in _CODES or scheme.granularity is Granularity.TENSOR:
         return None
-    return Form(scheme.format, scheme.granularity is Granularity.BLOCK)
+    return Form(scheme.format, scheme.granularity is Granularity.BLOCK, scheme.act_order)
 
 
 def forms() -> tuple[Form, ...]:
@@ -91,6 +120,7 @@ def forms() -> tuple[Form, ...]:
     return (
         Form(Format.INT8, False),
         *(Form(f, blocks) for f in (Format.INT4, Format.UINT4) for blocks in (True, False)),
+        *(Form(f, True, ordered=True) for f in (Format.INT4, Format.UINT4)),
     )
 
 

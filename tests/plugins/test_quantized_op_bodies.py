@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,21 @@ def test_moe(scheme: WeightScheme, mode: NormalizationMode) -> None:
     assert np.abs(expected).max() > 1
 
 
+@pytest.mark.parametrize("scheme", [int4(16), int4(16, symmetric=False)], ids=str)
+def test_features_in_another_order(scheme: WeightScheme) -> None:
+    """Each of three matrices in an order of its own, as experts are."""
+    rng = np.random.default_rng(4)
+    weight = rng.standard_normal((3, 8, 48)).astype(np.float32)
+    order = np.stack([rng.permutation(48) for _ in weight])
+    grouped = np.take_along_axis(weight, order[:, None], axis=-1)
+    expected = dequantize(replace(quantize(grouped, scheme, "float32"), order=order))
+    positions = Recipe("int64", order.shape), np.argsort(order, axis=-1)
+    spec = dequantize_spec(form(replace(scheme, act_order=True)))
+    got = run_quantized(spec, attributes(scheme), *parts_of(grouped, scheme), positions)
+    np.testing.assert_array_equal(got.reshape(weight.shape), expected)
+    assert np.abs(expected - weight).max() < 0.6
+
+
 def test_codes_in_bytes_are_what_onnx_reads() -> None:
     """The first of two numbers in the low half, a last one alone: by ONNX's own reader."""
     codes = np.random.default_rng(3).integers(-8, 8, (3, 5)).astype(np.int8)
@@ -129,7 +145,8 @@ def test_every_form_has_a_name_of_its_own() -> None:
     """A graph holds one body for each name; several schemes may stand in it."""
     names = [spec.name for each in forms() for spec in (dequantize_spec(each), linear_spec(each))]
     assert len(set(names)) == len(names)
-    assert {form(scheme) for scheme in SCHEMES} == set(forms())
+    ordered = [replace(scheme, act_order=True) for scheme in SCHEMES if scheme.block_size]
+    assert {form(scheme) for scheme in (*SCHEMES, *ordered)} == set(forms())
     assert [form_of(scheme) for scheme in (FP8, NVFP4)] == [None, None]
     assert all(isinstance(linear_spec(each).function(), onnx.FunctionProto) for each in forms())
     assert {NUMPY_DTYPES[each.codes_dtype] for each in forms()} == {np.dtype(np.int8)}

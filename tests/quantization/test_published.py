@@ -21,6 +21,7 @@ from moecompiler.quantization.packing import pack_bytes
 from moecompiler.quantization.published import (
     check_parallel,
     linear_stacks,
+    published_recipe,
     quantized_layers,
     read_kv_scales,
     read_linear,
@@ -234,7 +235,9 @@ def test_what_is_wrong_with_a_set_of_layers(case: str) -> None:
 
 
 def test_act_order_is_not_split_over_ranks() -> None:
-    ordered, plain = CASES["gptqmodel/v1_act_order"], CASES["gptqmodel/v1_sym"]
+    ordered, plain = (
+        published_recipe(CASES[f"gptqmodel/{case}"], LINEAR, MODEL) for case in ("v1_act_order", "v1_sym")
+    )
     check_parallel(plain, Mapping.create(tp_size=2), "dir")
     check_parallel(ordered, Mapping.create(pp_size=2), "dir")
     with pytest.raises(UserError, match=r"dir: quantized with act-order.* --tp_size 2; use --tp_size 1"):

@@ -55,7 +55,7 @@ def for_target(passes: SelectionFlags, target: Path) -> SelectionFlags:
     if target.suffix == ".onnx":
         return replace(passes, recipe=recipe_from_flags(passes))
     job = Job.of(open_export(target))
-    return replace(passes, recipe=checked_recipe(passes, job.model, job.mapping) or job.quantization)
+    return replace(passes, recipe=checked_recipe(passes, job.model, job.mapping, job.source) or job.quantization)
 
 
 def open_export(target: Path) -> Artifact:
