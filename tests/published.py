@@ -16,9 +16,9 @@ from safetensors.numpy import save_file
 from moecompiler.checkpoint import expected_tensors, open_checkpoint
 from moecompiler.config import load_config
 from moecompiler.quantization.arithmetic import dequantize, quantize
-from moecompiler.quantization.packing import AWQ_ORDER, IN_ORDER, pack_words
+from moecompiler.quantization.packing import AWQ_ORDER, IN_ORDER, pack_bytes, pack_words
 from moecompiler.quantization.published import linear_stacks
-from moecompiler.quantization.schemes import QuantizedTensor, WeightScheme, int4
+from moecompiler.quantization.schemes import FP8, NVFP4, QuantizedTensor, WeightScheme, int4
 
 TINY_MIXTRAL = Path(__file__).parent / "data" / "tiny-mixtral"
 GROUP = 64
@@ -61,6 +61,12 @@ KINDS = {
     ),
 }
 
+# what engines hold as floats so far
+FLOAT_KINDS = {
+    "modelopt-fp8": Kind("fp8", FP8, {"quant_method": "modelopt", "quant_algo": "FP8"}),
+    "modelopt-nvfp4": Kind("nvfp4", NVFP4, {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}),
+}
+
 
 def save_published(
     directory: Path, kind: Kind, *, layers: int = 1, plain: Collection[str] = (), seed: int = 0
@@ -79,7 +85,8 @@ def save_published(
             # what is joined has one order: queries, keys and values, and gate and up
             joined = linear.replace(".w3", ".w1").replace(".k_proj", ".q_proj").replace(".v_proj", ".q_proj")
             tensor = _quantized(stored.pop(f"{linear}.weight"), kind, [seed, *joined.encode()])
-            weights[f"{linear}.weight"] = dequantize(replace(tensor, scales=tensor.scales.astype(np.float32)))
+            wide = tensor if kind.scheme.two_level else replace(tensor, scales=tensor.scales.astype(np.float32))
+            weights[f"{linear}.weight"] = dequantize(wide)
             stored |= {f"{linear}.{suffix}": array for suffix, array in PACK[kind.layout](tensor).items()}
     directory.mkdir(parents=True, exist_ok=True)
     save_file({name: np.ascontiguousarray(array) for name, array in stored.items()}, directory / "model.safetensors")
@@ -153,4 +160,14 @@ def _pack_packed(tensor: QuantizedTensor) -> Arrays:
     return stored if tensor.scheme.symmetric else stored | {"weight_zero_point": _words(_zero_points(tensor).T).T}
 
 
-PACK = {"awq": _pack_awq, "gptq": _pack_gptq, "packed": _pack_packed}
+def _pack_fp8(tensor: QuantizedTensor) -> Arrays:
+    return {"weight": tensor.codes, "weight_scale": tensor.scales, "input_scale": np.array(0.5, np.float32)}
+
+
+def _pack_nvfp4(tensor: QuantizedTensor) -> Arrays:
+    assert tensor.global_scale is not None
+    scales = {"weight_scale": tensor.scales, "weight_scale_2": tensor.global_scale}
+    return {"weight": pack_bytes(tensor.codes), "input_scale": np.array(0.5, np.float32), **scales}
+
+
+PACK = {"awq": _pack_awq, "gptq": _pack_gptq, "packed": _pack_packed, "fp8": _pack_fp8, "nvfp4": _pack_nvfp4}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from published import GROUP, KINDS, Arrays, save_published
+from published import FLOAT_KINDS, GROUP, KINDS, Arrays, save_published
 from safetensors.numpy import load_file, save_file
 
 from moecompiler.checkpoint import open_checkpoint
@@ -31,7 +31,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pat
     def save(kind: str) -> tuple[Path, Arrays]:
         if kind not in made:
             directory = tmp_path_factory.mktemp(kind)
-            made[kind] = directory, save_published(directory, KINDS[kind])
+            made[kind] = directory, save_published(directory, (KINDS | FLOAT_KINDS)[kind])
         return made[kind]
 
     return save
@@ -43,8 +43,8 @@ def opened(directory: Path, **options: bool) -> QuantizedCheckpoint:
     return source
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_numbers_and_codes_of_boxes(saved: Callable[[str], tuple[Path, Arrays]], kind: str) -> None:
+@pytest.mark.parametrize("kind", KINDS | FLOAT_KINDS)
+def test_numbers_of_boxes(saved: Callable[[str], tuple[Path, Arrays]], kind: str) -> None:
     """Of whole weights, and of boxes that begin inside words and groups."""
     directory, weights = saved(kind)
     source = opened(directory, check_finite=True)
@@ -53,6 +53,12 @@ def test_numbers_and_codes_of_boxes(saved: Callable[[str], tuple[Path, Arrays]],
     for (row, column), (rows, columns) in (((3, 0), (9, 128)), ((16, GROUP), (8, GROUP)), ((101, 5), (1, 70))):
         box = weights[W1][row : row + rows, column : column + columns]
         np.testing.assert_array_equal(source.read(W1, (row, column), (rows, columns)), box)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_of_boxes(saved: Callable[[str], tuple[Path, Arrays]], kind: str) -> None:
+    directory, weights = saved(kind)
+    source = opened(directory)
     scheme = source.scheme(W1)
     assert scheme is not None
     assert (scheme.act_order, source.scheme(NORM)) == (KINDS[kind].act_order, None)

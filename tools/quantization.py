@@ -100,7 +100,7 @@ def _check_shares(
     recipe: QuantizationRecipe, config: ModelConfig, mapping: Mapping, where: str, *, held: bool = False
 ) -> None:
     """``held``: all of the recipe is as the checkpoint has it, which options can at most leave out."""
-    check_parallel(recipe, mapping, where)
+    check_parallel(recipe, config, mapping, where)
     for layer in range(config.num_hidden_layers):
         for weight in _WEIGHTS:
             name = f"model.layers.{layer}.{weight}"

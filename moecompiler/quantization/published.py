@@ -68,10 +68,10 @@ def published_recipe(config: PublishedConfig, quantized: Collection[str], model:
     return default_recipe(config.held_scheme).overridden(QuantizationRecipe(tuple(Rule(name, None) for name in kept)))
 
 
-def check_parallel(recipe: QuantizationRecipe, mapping: RankMapping, where: str) -> None:
+def check_parallel(recipe: QuantizationRecipe, model: ModelConfig, mapping: RankMapping, where: str) -> None:
     """Raises UserError where ranks would have to split features that are in another order than they have."""
-    ordered = any(rule.scheme is not None and rule.scheme.act_order for rule in recipe.rules)
-    if ordered and mapping.tp_size > 1:
+    schemes = {recipe.scheme_of(name) for stack in linear_stacks(model) for name in stack}
+    if mapping.tp_size > 1 and any(scheme is not None and scheme.act_order for scheme in schemes):
         raise UserError(
             f"{where}: quantized with act-order, whose groups cannot be split over --tp_size {mapping.tp_size}; use"
             " --tp_size 1 (with --pp_size), or a checkpoint without act-order"

@@ -80,7 +80,8 @@ def fill_hf(model: torch.nn.Module, config: ModelConfig, reader: Source) -> None
     state = model.state_dict()
     rows = config.intermediate_size
     for name, shape in expected_tensors(config).items():
-        value = to_torch(np.ascontiguousarray(reader.read(name, (0,) * len(shape), shape)))
+        # torch warns of memory that cannot be written to, as mapped files are
+        value = to_torch(np.require(reader.read(name, (0,) * len(shape), shape), requirements=["C", "W"]))
         layer, found, expert = name.partition(".block_sparse_moe.experts.")
         if not found:
             state[name.replace("block_sparse_moe", "mlp")].copy_(value)

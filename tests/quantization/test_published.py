@@ -238,7 +238,7 @@ def test_act_order_is_not_split_over_ranks() -> None:
     ordered, plain = (
         published_recipe(CASES[f"gptqmodel/{case}"], LINEAR, MODEL) for case in ("v1_act_order", "v1_sym")
     )
-    check_parallel(plain, Mapping.create(tp_size=2), "dir")
-    check_parallel(ordered, Mapping.create(pp_size=2), "dir")
+    check_parallel(plain, MODEL, Mapping.create(tp_size=2), "dir")
+    check_parallel(ordered, MODEL, Mapping.create(pp_size=2), "dir")
     with pytest.raises(UserError, match=r"dir: quantized with act-order.* --tp_size 2; use --tp_size 1"):
-        check_parallel(ordered, Mapping.create(tp_size=2), "dir")
+        check_parallel(ordered, MODEL, Mapping.create(tp_size=2), "dir")
