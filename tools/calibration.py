@@ -27,6 +27,8 @@ from moecompiler.tools.flags import CalibrationFlags
 if TYPE_CHECKING:
     from moecompiler.calibration.streaming import Settings
 
+DEFAULT_LENGTH = 512  # of a sample, in tokens, as in TensorRT-LLM's quantize.py
+
 
 def run_calibrate(
     config: ModelConfig,
@@ -42,10 +44,12 @@ def run_calibrate(
     ``notes`` gets what the user should know. Raises: UserError where options, model or text are bad, or ``output_dir`` holds the
     calibration of another model.
     """
-    check_sizes(flags.calib_size, flags.calib_max_seq_length, config.max_position_embeddings)
+    length = flags.calib_max_seq_length
+    length = min(DEFAULT_LENGTH, config.max_position_embeddings) if length is None else length
+    check_sizes(flags.calib_size, length, config.max_position_embeddings)
     if flags.calib_min_tokens is not None and flags.calib_min_tokens < 1:
         raise UserError(f"--calib_min_tokens {flags.calib_min_tokens}: give 1 or more")
-    samples = samples_of(config, identity, flags, notes)
+    samples = samples_of(config, identity, flags, length, notes)
     source = open_source(identity, config)
     model = model_fingerprint(config, source)
     header: dict[str, Any] = {
@@ -56,7 +60,7 @@ def run_calibrate(
             "dtype": dtype,
             "normalization_mode": int(mode),
             "calib_size": flags.calib_size,
-            "calib_max_seq_length": flags.calib_max_seq_length,
+            "calib_max_seq_length": length,
             "calib_min_tokens": flags.calib_min_tokens,
             "device": flags.device.value,
         },
@@ -75,13 +79,14 @@ def run_calibrate(
 
 
 def samples_of(
-    config: ModelConfig, identity: dict[str, Any], flags: CalibrationFlags, notes: list[str]
+    config: ModelConfig, identity: dict[str, Any], flags: CalibrationFlags, length: int, notes: list[str]
 ) -> list[list[int]]:
-    """Token ids to run. Dummy weights have no tokenizer: bytes are their tokens, unless one is given.
+    """Token ids to run, at most ``length`` in a sample. Dummy weights have no tokenizer: bytes are their tokens unless one is
+    given.
 
     Raises: UserError where the text cannot be read or gives no token, or there is no tokenizer that fits the model.
     """
-    size, length = flags.calib_size, flags.calib_max_seq_length
+    size = flags.calib_size
     if flags.calib_dataset is None:
         documents = default_documents()
     else:

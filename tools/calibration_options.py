@@ -28,7 +28,12 @@ CalibDataset = Annotated[
     ),
 ]
 CalibMaxSeqLength = Annotated[
-    int, typer.Option("--calib_max_seq_length", help="Most tokens of a sample.", rich_help_panel=_PANEL)
+    int | None,
+    typer.Option(
+        "--calib_max_seq_length",
+        help="Most tokens of a sample (default: 512, or as many as the model takes).",
+        rich_help_panel=_PANEL,
+    ),
 ]
 CalibMinTokens = Annotated[
     int | None,

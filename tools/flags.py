@@ -60,7 +60,7 @@ class CalibrationFlags:
 
     calib_size: cal.CalibSize = 512
     calib_dataset: cal.CalibDataset = None
-    calib_max_seq_length: cal.CalibMaxSeqLength = 512
+    calib_max_seq_length: cal.CalibMaxSeqLength = None
     calib_min_tokens: cal.CalibMinTokens = None
     tokenizer_dir: cal.TokenizerDir = None
     device: cal.DeviceOption = cal.Device.cpu

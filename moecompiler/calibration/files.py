@@ -1,9 +1,9 @@
 """Calibrations as files.
 
 ``calibration.safetensors`` has all, in these tensors: of linear layers ``NAME.input_amax`` float32 ``[]`` and ``NAME.input_mean``
-float32 ``[in]``; of attentions ``NAME.keys_amax`` and ``NAME.values_amax`` float32 ``[]``; of experts ``NAME.tokens`` int64 ``[]`` and
-``NAME.fed`` bool ``[]``. Its metadata are the header. ``scales.json`` has the same without the means, to be read and edited. Equal
-calibrations give equal bytes.
+float32 ``[in]``; of attentions ``NAME.keys_amax`` and ``NAME.values_amax`` float32 ``[]``; of experts ``NAME.tokens`` int64
+``[]`` and ``NAME.fed`` bool ``[]``. Its metadata are the header. ``scales.json`` has the same without the means, to be read and
+edited. Equal calibrations give equal bytes.
 """
 
 from __future__ import annotations

@@ -74,7 +74,8 @@ class Calibration:
             raise UserError(
                 f"{self.where}: has no statistics of {name}; calibrate the model with `moecompiler calibrate`"
             )
-        return float(positive(np.array(amaxes[name], np.float32) / np.float32(largest), "float32"))
+        # a float64 quotient rounded to float32 is the float32 quotient; and a scale that was read comes out as it was
+        return float(positive(np.array(amaxes[name] / largest, np.float32), "float32"))
 
     def check_complete(self, config: ModelConfig) -> None:
         """Raises UserError that names what is missing: a linear layer of the model, an expert above all, without statistics, or

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -175,6 +177,18 @@ def test_a_wider_checkpoint_is_rounded_as_engines_round_it(tmp_path: Path) -> No
     expected = calibrate(config, narrow, samples, FLOAT32, tmp_path)
     assert same(calibrate(config, wide, samples, replace(FLOAT32, dtype="bfloat16"), tmp_path), expected)
     assert not same(calibrate(config, wide, samples, FLOAT32, tmp_path), expected)
+
+
+def test_a_full_disk_is_said_before_anything_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    config = parse_config(tiny_config(num_hidden_layers=1), "test")
+    settings = replace(FLOAT32, memory_limit=0)
+    with pytest.raises(UserError, match=r"no room for the hidden states of 9 tokens \(No space left on device\)"):
+        calibrate(config, DummyCheckpoint(config), samples_of(64, 9), settings, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_not_finite_is_named(tmp_path: Path) -> None:
