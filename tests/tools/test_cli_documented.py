@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from checkpoints import save_hf, tiny_config
 from cli import TESTS, Here, environment
+from published import KINDS, save_published
 
 PAGE = TESTS.parent / "docs" / "from-tensorrt-llm.md"
 PROMPT = "I love french quiche"
@@ -40,6 +41,7 @@ def test_every_command_that_is_there(here: Here, tmp_path: Path, monkeypatch: py
     for name, (heads, kv_heads) in HEADS.items():
         config = tiny_config(**SIZES, num_attention_heads=heads, num_key_value_heads=kv_heads)
         save_hf(tmp_path / name, config, tokenizer=True)
+    save_published(tmp_path / "tmp" / "mixtral-8x7b-v0.1-AWQ", KINDS["awq"])
 
     launched = 0
     for command in runnable_commands():
@@ -78,4 +80,4 @@ def test_the_page_has_every_kind_of_command() -> None:
     assert text.count("convert_checkpoint.py --model_dir") == 7
     assert text.count("quantize.py --model_dir") == 2
     assert text.count("trtllm-build --checkpoint_dir") == 9
-    assert len(runnable_commands()) == 13
+    assert len(runnable_commands()) == 15
