@@ -29,11 +29,14 @@ def workers(threads: int | None = None) -> Iterator[Each]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # how many threads a product is split over may change its last bit
     try:
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
 
-            def each(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-                return pool.map(function, items)
+        def each(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+            return pool.map(function, items)
 
+        try:
             yield each
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C nobody wants what still waits
     finally:
         torch.set_num_threads(before)
