@@ -32,8 +32,6 @@ def held_codes(source: Recipe, scheme: WeightScheme, reader: TensorReader) -> Qu
     """
     held = {name: reader.scheme(name) for name in sorted(source.sources)} if isinstance(reader, CodesReader) else {}
     if not any(held.values()):
-        if scheme.act_order:
-            raise UserError(f"{min(source.sources)}: is to be {scheme}, which only checkpoints hold")
         return None
     assert isinstance(reader, CodesReader)
     for name, has in held.items():

@@ -74,10 +74,13 @@ def _parts_of(quantized: Quantized, dtype: str, reader: TensorReader) -> dict[Pa
 
 
 def _quantized(source: Recipe, scheme: WeightScheme, reader: TensorReader) -> QuantizedTensor:
+    """With features in their own order, where that is to be told."""
     weight = materialize(source, reader)
     try:
-        return quantize(weight, scheme, source.dtype, _THREADS)
+        made = quantize(weight, scheme, source.dtype, _THREADS)
     except ValueError as error:
         first, *others = sorted(source.sources)
         names = f"{first}, or {others[-1]}" if others else first
         raise UserError(f"{names}: cannot be quantized: {error}") from None
+    features = np.arange(source.shape[-1])
+    return replace(made, order=np.tile(features, (*source.shape[:-2], 1))) if scheme.act_order else made
