@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,9 +35,14 @@ class RankStep:
 
 
 def run_reference(
-    module: RankModule, place: RankPlace, steps: Sequence[Step], communicator: Communicator
+    module: RankModule,
+    place: RankPlace,
+    steps: Sequence[Step],
+    communicator: Communicator,
+    types: Mapping[str, np.dtype] | None = None,
 ) -> list[RankStep]:
-    """Runs one rank's float32 module through ``steps``; its peers must do the same at the same time."""
+    """Runs one rank's float32 module through ``steps``; its peers must do the same at the same time. Every step's inputs are
+    rounded to ``types``, an engine's, where given: the engine can be compared on the very same."""
     mapping, rank, stage = place.mapping, place.rank, place.mapping.tp_size
     caches = empty_caches(place.config, mapping, rank, place.options, len(steps[0].input_ids))
     recorder = RecordingCommunicator(communicator)
@@ -45,8 +50,10 @@ def run_reference(
     for step in steps:
         x = step.input_ids if mapping.is_first_stage(rank) else communicator.receive(rank - stage)
         feeds = _feeds(place, step, x, caches)
+        if types is not None:
+            feeds = {name: rounded(array, types[name]) for name, array in feeds.items()}
         with _boundaries(module, recorder) as (inner, partials), using_communicator(recorder):
-            outputs, caches, margins = _call(module, place, feeds)
+            outputs, caches, margins = call_module(module, place, feeds)
         records.append(RankStep(feeds, outputs, inner, partials, margins))
         if not mapping.is_last_stage(rank):
             communicator.send(outputs[place.main_output], rank + stage)
@@ -83,14 +90,9 @@ class _NoExperts(torch.nn.Module):
         return torch.zeros_like(x)
 
 
-def call_module(module: RankModule, place: RankPlace, feeds: Arrays) -> tuple[Arrays, np.ndarray]:
-    """The rank module called as its graph is: named arrays in, named float32 arrays out; and each token's smallest router
-    margin ``[B, S]``."""
-    outputs, _, margins = _call(module, place, feeds)
-    return outputs, margins
-
-
-def _call(module: RankModule, place: RankPlace, feeds: Arrays) -> tuple[Arrays, list[Cache], np.ndarray]:
+def call_module(module: RankModule, place: RankPlace, feeds: Arrays) -> tuple[Arrays, list[Cache], np.ndarray]:
+    """The rank module called as its graph is: named arrays in, named float32 arrays out; the updated caches again; and each
+    token's smallest router margin ``[B, S]``."""
     tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
     pairs = [cache_names(layer, "past_key_values") for layer in place.layers]
     caches = [(tensors[key].float(), tensors[value].float()) for key, value in pairs]
@@ -142,3 +144,9 @@ def _boundaries(module: RankModule, recorder: RecordingCommunicator) -> Iterator
     finally:
         for handle in handles:
             handle.remove()
+
+
+def rounded(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """An input as the engine takes it: rounded to its dtype; a dtype that numpy has not itself (bfloat16) is left in float32."""
+    value = np.ascontiguousarray(array, dtype=dtype)
+    return value if dtype.kind in "fi" else value.astype(np.float32)

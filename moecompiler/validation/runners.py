@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,29 +63,14 @@ def compare_rank(
     place: RankPlace,
     scenario: str,
     runner: Callable[[Arrays], BaseRunner],
-    types: Mapping[str, np.dtype],
-    call_module: Callable[[Arrays], tuple[Arrays, np.ndarray]],
     records: Sequence[RankStep],
     tolerance: Tolerance,
 ) -> list[OutputReport]:
-    """Runs both of one rank on every step's inputs (``types``: the engine's) and compares all outputs. ``call_module`` gives its
-    routers' margins too (``reference_run.call_module``); a step is not run again whose inputs need no rounding for the engine,
-    since ``records`` has it. Its peers must do the same at the same time."""
+    """Runs one rank's engine on the inputs that its module was run on, rounded to the engine's types
+    (``reference_run.run_reference``), and compares all outputs. Its peers must do the same at the same time."""
     G_LOGGER.module_severity = G_LOGGER.CRITICAL  # what it would print is in the report
-    feeds = [{name: rounded(array, types[name]) for name, array in record.feeds.items()} for record in records]
-    exact = all(types[name] == array.dtype for name, array in records[0].feeds.items())
-    margins: list[np.ndarray] = []
-
-    def call(inputs: Arrays) -> Arrays:
-        step = len(margins)
-        # decided by what is the same on all ranks of a stage, which run together: not by whether values happen to fit
-        known = exact or (step == 0 and place.main_input == "input_ids")
-        record = records[step]
-        outputs, margin = (record.outputs, record.margins) if known else call_module(inputs)
-        margins.append(margin)
-        return outputs
-
-    module = ModuleRunner(call, feeds[0], name=f"torch module of rank {place.rank}")
+    feeds, ran = [record.feeds for record in records], iter(records)
+    module = ModuleRunner(lambda _: next(ran).outputs, feeds[0], name=f"torch module of rank {place.rank}")
     results = Comparator.run([runner(feeds[0]), module], data_loader=feeds)
     widened = [(name, [_float32(iteration) for iteration in iterations]) for name, iterations in results]
     for (_, iterations), (_, wide) in zip(results, widened, strict=True):
@@ -99,7 +84,7 @@ def compare_rank(
     )
     verdicts, main, rerouted, margin = _verdicts(results, check), place.main_output, 0, 0.0
     if tolerance.tie and not all(verdict[main] for verdict in verdicts):
-        reach = [output_margins(each, feed.get("last_token_ids")) for each, feed in zip(margins, feeds, strict=True)]
+        reach = [output_margins(each.margins, each.feeds.get("last_token_ids")) for each in records]
         rerouted, margin = _leave_out_rerouted(results, main, reach, tolerance)
         verdicts = _verdicts(results, check)
     outputs, references = (iterations for _, iterations in results)
@@ -146,9 +131,3 @@ def as_engine_type(array: np.ndarray, ort_type: str) -> np.ndarray:
     """What the engine takes: the reference's float32 is rounded where the engine has a narrower type."""
     wanted = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(int64)": np.int64}[ort_type]
     return np.ascontiguousarray(array, dtype=wanted)
-
-
-def rounded(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """An input as the engine takes it: rounded to its dtype; a dtype that numpy has not itself (bfloat16) is left in float32."""
-    value = np.ascontiguousarray(array, dtype=dtype)
-    return value if dtype.kind in "fi" else value.astype(np.float32)

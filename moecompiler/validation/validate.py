@@ -19,7 +19,7 @@ from moecompiler.validation.engines import open_engine
 from moecompiler.validation.localize import PartReport, localize
 from moecompiler.validation.place import RankPlace
 from moecompiler.validation.quality import Quality, compare, hf_logits, load_hf
-from moecompiler.validation.reference_run import RankStep, call_module, choose_rows, run_reference
+from moecompiler.validation.reference_run import RankStep, choose_rows, run_reference
 from moecompiler.validation.runners import OutputReport, compare_rank
 from moecompiler.validation.scenario import Scenario
 from moecompiler.validation.tolerances import Tolerance, against_float
@@ -72,13 +72,11 @@ def validate_rank(
             ]
         for scenario in scenarios:
             steps = scenario.steps()[:_COMPARED_STEPS]
-            mine = run_reference(module, place, steps, communicator)
+            mine = run_reference(module, place, steps, communicator, engine.types)
             outputs += compare_rank(
                 place,
                 scenario.name,
                 engine.runner,
-                engine.types,
-                lambda feeds: call_module(module, place, feeds),
                 mine,
                 tolerance,
             )

@@ -15,8 +15,7 @@ from moecompiler.backends.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeSess
 from moecompiler.dummy import open_source
 from moecompiler.runtime.communicator import Alone
 from moecompiler.tools.job import Job
-from moecompiler.validation.reference_run import Arrays, RankPlace
-from moecompiler.validation.runners import rounded
+from moecompiler.validation.reference_run import Arrays, RankPlace, rounded
 from moecompiler.validation.scenario import random_scenario
 from moecompiler.validation.tolerances import TOLERANCES
 from moecompiler.validation.validate import Report, validate_rank

@@ -86,14 +86,14 @@ def rerouted_engine(module: RankModule, place: RankPlace, step: int, layer: int,
 
 def logits_of(engine: Run, module: RankModule, place: RankPlace, tolerance: Tolerance = HALF) -> OutputReport:
     """What is said of an engine's logits, in float16."""
-    records = run_reference(module, place, SCENARIO.steps(), Alone())
-    types = {name: np.dtype("f2" if x.dtype.kind == "f" else "i8") for name, x in records[0].feeds.items()}
+    (first,) = run_reference(module, place, SCENARIO.steps()[:1], Alone())
+    types = {name: np.dtype("f2" if x.dtype.kind == "f" else "i8") for name, x in first.feeds.items()}
+    records = run_reference(module, place, SCENARIO.steps(), Alone(), types)
+    assert all({name: x.dtype for name, x in each.feeds.items()} == types for each in records)
     found = compare_rank(
         place,
         SCENARIO.name,
         lambda example: ModuleRunner(engine, example, "engine"),
-        types,
-        lambda feeds: call_module(module, place, feeds),
         records,
         tolerance,
     )
@@ -105,7 +105,7 @@ def test_a_tie_that_falls_the_other_way_is_reported_and_passes(module: RankModul
     engine = rerouted_engine(module, place, step=2, layer=3, row=1)
     found = logits_of(engine, module, place)
     assert (found.passed, found.rerouted) == (True, 1)
-    assert found.rerouted_margin == pytest.approx(1.2e-3, abs=5e-5)
+    assert found.rerouted_margin == pytest.approx(1.1e-3, abs=2e-4)  # caches rounded to float16 sway it
     assert found.max_abs < 1e-6
     strict = logits_of(engine, module, place, replace(HALF, tie=0.0))
     assert (strict.passed, strict.rerouted) == (False, 0)
@@ -157,30 +157,6 @@ def test_rows_are_chosen_by_margins_of_the_whole_model(module: RankModule, place
     expected = without_ties(SCENARIO, run_reference(module, place, [step], Alone())[0].margins)
     np.testing.assert_array_equal(choose_rows(module, place, SCENARIO, Alone()).tokens, expected.tokens)
     assert module.model.layers["3"].mlp.experts is experts
-
-
-@pytest.mark.parametrize(("kind", "again"), [("f2", 3), ("f4", 0)])
-def test_steps_run_again_where_inputs_are_rounded(module: RankModule, place: RankPlace, kind: str, again: int) -> None:
-    """The first step's are token ids and empty caches, which no type changes."""
-    records = run_reference(module, place, SCENARIO.steps(), Alone())
-    ran: list[int] = []
-
-    def call(feeds: Arrays) -> tuple[Arrays, np.ndarray]:
-        ran.append(int(feeds["position_ids"][0, 0]))
-        return call_module(module, place, feeds)
-
-    found = compare_rank(
-        place,
-        SCENARIO.name,
-        lambda example: ModuleRunner(lambda feeds: call_module(module, place, feeds)[0], example, "engine"),
-        {name: np.dtype(kind if x.dtype.kind == "f" else "i8") for name, x in records[0].feeds.items()},
-        call,
-        records,
-        HALF,
-    )
-    assert len(ran) == again
-    assert 0 not in ran
-    assert max(each.max_abs for each in found) < 1e-5
 
 
 def test_the_longest_row_chooses_first_by_the_tokens_that_it_has() -> None:
