@@ -13,6 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
+from moecompiler.checkpoint_files import read_json
 from moecompiler.errors import UserError
 from moecompiler.quantization.schemes import FP8, NVFP4, NVFP4_BLOCK, Format, Granularity, WeightScheme, int4
 
@@ -68,12 +69,7 @@ def load_published_config(model_dir: Path) -> PublishedConfig | None:
         path = model_dir / name
         if not path.exists():
             continue
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: cannot be read as JSON: {error}") from None
-        if not isinstance(data, dict):
-            raise UserError(f"{path}: holds {type(data).__name__}, not a JSON object")
+        data = read_json(path)
         if key is None:
             return parse_published_config({"quant_method": "modelopt"} | data, str(path))
         if data.get(key):

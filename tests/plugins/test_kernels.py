@@ -15,10 +15,11 @@ from opmodels import run_op
 from moecompiler.config import NormalizationMode
 from moecompiler.ops import OpSpec
 from moecompiler.plugins.attention.op import ATTENTION
-from moecompiler.plugins.launch import Tactic
+from moecompiler.plugins.launch import AnyKernel, Dims, Input, Launch, Output, Tactic
+from moecompiler.plugins.moe.compiled import COMBINED_COLUMNS, NodeKernels
 from moecompiler.plugins.moe.launch import MoETactic
 from moecompiler.plugins.moe.op import moe_spec
-from moecompiler.plugins.moe.tiles import Few, Many, Tile
+from moecompiler.plugins.moe.tiles import Few, Many, Sizes, Tile
 from moecompiler.plugins.rmsnorm.op import ADD_RMS_NORM, RMS_NORM
 from moecompiler.plugins.tactics import tactics
 
@@ -119,6 +120,39 @@ def test_all_tokens_on_one_expert(interpreting: ProcessPoolExecutor, tokens: int
         tile = Tile(16, 16)
         tactic = dataclasses.replace(tactic, one=None, few=(), many=(Many(0, 32, tile, tile, True),), processors=12)
     compare(interpreting, moe_spec(NormalizationMode.RENORMALIZE, 1), attributes, inputs, tactic=tactic)
+
+
+@dataclasses.dataclass(frozen=True)
+class OneKernel:
+    """A plan of one launch, whose arguments are the inputs and then the output."""
+
+    kernel: AnyKernel
+    grid: tuple[int, int, int]
+    name: str = "one kernel"
+
+    @property
+    def kernels(self) -> tuple[AnyKernel, ...]:
+        return (self.kernel,)
+
+    def workspace(self, dims: Dims) -> int:
+        return 0
+
+    def launches(self, dims: Dims) -> tuple[Launch, ...]:
+        inputs = [Input(index) for index in range(len(self.kernel.signature) - 1)]
+        return (Launch(0, self.grid, (*inputs, Output(0))),)
+
+
+def test_combination_of_grouped_products(interpreting: ProcessPoolExecutor) -> None:
+    """What CUDA C++ has multiplied, row by row; -1 is another rank's, and adds nothing."""
+    torch.manual_seed(0)
+    hidden, places = 1100, torch.tensor([[3, 0], [-1, 2], [-1, -1], [1, 4]], dtype=torch.int32)
+    results, weights = torch.randn(5, hidden).half(), torch.rand(4, 2)
+    kernel = NodeKernels(Sizes(hidden, 8, 8, 8, 2, 1), "float16", 80).grouped()["sorted_combine",]
+    plan = OneKernel(kernel, (4, -(-hidden // COMBINED_COLUMNS), 1))
+    output = torch.full((4, hidden), float("nan"), dtype=torch.float16)
+    (got,) = interpreting.submit(interpret, "MoE", {}, "float16", [results, places, weights], [output], plan).result()
+    parts = torch.where(places[..., None] >= 0, results.float()[places.clamp(min=0).long()], 0.0)
+    assert_close(got, (parts * weights[..., None]).sum(1))
 
 
 @pytest.mark.parametrize("tokens", [3, 19])
