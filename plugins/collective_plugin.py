@@ -14,9 +14,9 @@ import tensorrt as trt
 
 from moecompiler.graph import DOMAIN
 from moecompiler.ops import VERSION, plugin_name
-from moecompiler.plugins.lifetime import never_freed
 from moecompiler.runtime.communicator import current_communicator
 from moecompiler.runtime.device import checked, driver
+from moecompiler.runtime.lifetime import never_freed
 from moecompiler.weights import NUMPY_DTYPES
 
 _DTYPES = {
@@ -34,7 +34,7 @@ class Collective(*_BASES):  # type: ignore[misc]
     def __init__(self, op: str, group: tuple[int, ...], talks: bool):
         for base in _BASES:
             base.__init__(self)
-        never_freed(self)
+        never_freed(self)  # see ``FusedOp``
         self.plugin_name, self.plugin_namespace, self.plugin_version = plugin_name(op), DOMAIN, str(VERSION)
         self.num_outputs = 1
         self.op, self.group, self.talks = op, group, talks

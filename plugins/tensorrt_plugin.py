@@ -25,9 +25,9 @@ from moecompiler.plugins.driver import Function, load, run
 from moecompiler.plugins.fields import CUBINS, PLAN, Baked, BakedTactic, fingerprint, pack, unpack
 from moecompiler.plugins.launch import AnyKernel, Cubin, Dims, Tactic, scratch_bytes
 from moecompiler.plugins.library import PluginOp
-from moecompiler.plugins.lifetime import never_freed
 from moecompiler.plugins.tactics import tactics
 from moecompiler.runtime.device import checked, driver
+from moecompiler.runtime.lifetime import never_freed
 
 _TYPES = {trt.DataType.HALF: "float16", trt.DataType.BF16: "bfloat16", trt.DataType.FLOAT: "float32"}
 _NUMBERS = {int: (trt.PluginFieldType.INT32, np.int32), float: (trt.PluginFieldType.FLOAT32, np.float32)}
@@ -58,7 +58,12 @@ class Modules:
 
 
 class FusedOp(*_BASES):  # type: ignore[misc]
-    """A node of one of our ops. ``baked`` grows when the node's shapes and types come to be known."""
+    """A node of one of our ops. ``baked`` grows when the node's shapes and types come to be known.
+
+    It is never freed. TensorRT deletes the C++ half of a plugin itself, and the destructor of that half (``~PyIPluginV3Impl`` in
+    TensorRT's Python bindings) lets go of the Python object. Was that the last reference, Python frees the C++ half once more. It
+    happens to what a context made of a plugin for a profile that it does not use, and the heap is broken from then on.
+    """
 
     def __init__(self, op: PluginOp, baked: Baked, modules: Modules):
         for base in _BASES:

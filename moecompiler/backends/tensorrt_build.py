@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import tensorrt as trt
 
 from moecompiler.backends.tensorrt_messages import explain
 from moecompiler.errors import UserError
+from moecompiler.runtime.lifetime import never_freed
 from moecompiler.weights import Shape
 
 Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # input → least, typical, largest shape
@@ -39,9 +39,7 @@ def process_log() -> Log:
     """The one log of this process, never given back: TensorRT goes on using the first that it was given for as long as it lives,
     whatever it is given later."""
     log = Log()
-    ctypes.pythonapi.Py_IncRef(
-        ctypes.py_object(log)
-    )  # also when modules are taken down, before TensorRT's own library is
+    never_freed(log)
     return log
 
 

@@ -36,6 +36,17 @@ class ClusterDecode:
         return min(wanted, self.max_parts, 1 << (worthwhile.bit_length() - 1))
 
 
+def macros(heads: int, kv_heads: int, head_dim: int, window: int, dtype: str) -> dict[str, int]:
+    """What attention's CUDA C++ is compiled for."""
+    return {
+        "HEADS": heads,
+        "KV_HEADS": kv_heads,
+        "HEAD_DIM": head_dim,
+        "WINDOW": window,
+        "ELEMENT_IS_BFLOAT16": dtype == "bfloat16",
+    }
+
+
 def cluster_decode_kernel(heads: int, kv_heads: int, head_dim: int, window: int, dtype: str) -> CudaKernel:
     """For up to ``LARGEST_GROUP`` query heads of a key-value head, and head sizes up to 128 that are multiples of 8; ``dtype``
     is ``float16`` or ``bfloat16``. Rings are as long as two programs in a multiprocessor leave room for."""
@@ -49,14 +60,6 @@ def cluster_decode_kernel(heads: int, kv_heads: int, head_dim: int, window: int,
     room = (shared_memory(90) + 1024) // 2 - 1024
     stages = min(_MAX_STAGES, (room - before_rings) // stage)
     shared = before_rings + stages * stage
-    constants = {
-        "HEADS": heads,
-        "KV_HEADS": kv_heads,
-        "HEAD_DIM": head_dim,
-        "WINDOW": window,
-        "ELEMENT_IS_BFLOAT16": dtype == "bfloat16",
-        "STAGES": stages,
-        "SHARED": shared,
-    }
+    constants = macros(heads, kv_heads, head_dim, window, dtype) | {"STAGES": stages, "SHARED": shared}
     source = "moecompiler.plugins.attention/decode.cu"
     return CudaKernel(source, "decode", SIGNATURE, tuple(constants.items()), _WARPS, shared)

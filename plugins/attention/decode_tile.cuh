@@ -13,11 +13,6 @@ __forceinline__ void load_query(uint32_t (&query)[STEPS][4], uint32_t from, int 
   }
 }
 
-// 8 elements of a tile whose halves are `half_bytes` apart
-__forceinline__ uint32_t chunk_address(uint32_t tile, int row, int chunk, int half_bytes) {
-  return tile + chunk / 8 * half_bytes + row * 128 + ((chunk ^ row) & 7) * 16;
-}
-
 __forceinline__ void multiply_keys(float (&scores)[2][4], const uint32_t (&query)[STEPS][4], uint32_t keys, int half_bytes,
                                    int lane) {
   float odd[2][4] = {};

@@ -13,6 +13,7 @@ from moecompiler.plugins.attention.cluster_decode import (
     TILE_SLOTS,
     ClusterDecode,
     cluster_decode_kernel,
+    macros,
 )
 from moecompiler.plugins.launch import (
     TRITON_TYPES,
@@ -119,13 +120,7 @@ class AttentionTactic:
         return self._kernel("prefill", types, constants, tiles.warps, stages)
 
     def _warpgroup_prefill(self) -> CudaKernel:
-        constants = {
-            "HEADS": self.heads,
-            "KV_HEADS": self.kv_heads,
-            "HEAD_DIM": self.head_dim,
-            "WINDOW": self.window,
-            "ELEMENT_IS_BFLOAT16": self.dtype == "bfloat16",
-        }
+        constants = macros(self.heads, self.kv_heads, self.head_dim, self.window, self.dtype)
         pointers = (("query", "*i16"), ("cos", "*i16"), ("sin", "*i16"), ("positions", "*i64"))
         maps = (("keys", "tensormap"), ("values", "tensormap"))
         numbers = (("batch", "i32"), ("length", "i32"), ("slots", "i32"), ("scale", "fp32"))

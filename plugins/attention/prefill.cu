@@ -124,10 +124,6 @@ __forceinline__ Chunk rotated(const Chunk& x, const Chunk& turned, const Chunk& 
   return y;
 }
 
-__forceinline__ uint32_t chunk_address(uint32_t block, int row, int chunk) {
-  return block + chunk / 8 * HALF_BYTES + row * 128 + ((chunk ^ row) & 7) * 16;
-}
-
 __forceinline__ void rotate(Shared& shared, uint32_t queries_at, const uint16_t* query, const uint16_t* cos, const uint16_t* sin,
                    const int64_t* positions, const Sizes& sizes, int thread) {
   constexpr int TURNED = HEAD_DIM / 16;  // chunks of half a head
@@ -151,12 +147,12 @@ __forceinline__ void rotate(Shared& shared, uint32_t queries_at, const uint16_t*
         angle += HEAD_DIM / 2;
         high = rotated(second, first, load_global(cos + angle), load_global(sin + angle), 1);
       }
-      store_shared(chunk_address(block, row, chunk), low);
-      store_shared(chunk_address(block, row, chunk + TURNED), high);
+      store_shared(chunk_address(block, row, chunk, HALF_BYTES), low);
+      store_shared(chunk_address(block, row, chunk + TURNED, HALF_BYTES), high);
     }
     if constexpr (HEAD_DIM < WIDTH)
       for (int item = thread; item < TOKENS * (CHUNKS - HEAD_DIM / 8); item += ROTATORS)
-        store_shared(chunk_address(block, item % TOKENS, HEAD_DIM / 8 + item / TOKENS), Chunk{});
+        store_shared(chunk_address(block, item % TOKENS, HEAD_DIM / 8 + item / TOKENS, HALF_BYTES), Chunk{});
     publish_shared();
     arrive(shared_address(shared.query_full + buffer));
   }
@@ -192,7 +188,7 @@ __forceinline__ void write(const float (&mix)[WIDTH / 2], const Rows& rows, uint
   named_sync(1 + group, 128);  // all of the group's products are done
 #pragma unroll
   for (int i = 0; i < WIDTH / 2; i += 8) {
-    uint32_t to = chunk_address(block, first + lane / 8 % 2 * 8 + lane % 8, i / 4 + lane / 16);
+    uint32_t to = chunk_address(block, first + lane / 8 % 2 * 8 + lane % 8, i / 4 + lane / 16, HALF_BYTES);
     store_matrices(to, to_pair(mix[i] * part[0], mix[i + 1] * part[0]), to_pair(mix[i + 2] * part[1], mix[i + 3] * part[1]),
                    to_pair(mix[i + 4] * part[0], mix[i + 5] * part[0]), to_pair(mix[i + 6] * part[1], mix[i + 7] * part[1]));
   }
@@ -201,7 +197,7 @@ __forceinline__ void write(const float (&mix)[WIDTH / 2], const Rows& rows, uint
     int row = first + item / CHUNKS, chunk = item % CHUNKS, token = tile.token + row;
     if (token < sizes.length && chunk < HEAD_DIM / 8) {
       int64_t at = (int64_t(tile.sequence) * sizes.length + token) * HEADS + tile.head;
-      *reinterpret_cast<Chunk*>(output + at * HEAD_DIM + chunk * 8) = load_shared(chunk_address(block, row, chunk));
+      *reinterpret_cast<Chunk*>(output + at * HEAD_DIM + chunk * 8) = load_shared(chunk_address(block, row, chunk, HALF_BYTES));
     }
   }
   __syncwarp();

@@ -169,3 +169,7 @@ __forceinline__ void store_shared(uint32_t address, Chunk chunk) {
 __forceinline__ void store_pair(uint32_t address, float first, float second) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(first), "f"(second) : "memory");
 }
+// Of 8 elements of a row that lies in swizzled rows of 128 bytes, `half_bytes` from 64 columns to the next 64.
+__forceinline__ uint32_t chunk_address(uint32_t tile, int row, int chunk, int half_bytes) {
+  return tile + chunk / 8 * half_bytes + row * 128 + ((chunk ^ row) & 7) * 16;
+}

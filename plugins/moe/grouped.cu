@@ -2,7 +2,8 @@
 //
 // The weights are the left operand and the tokens the right one, whose width may be any multiple of 16: an expert's rows are cut
 // into equal tiles of at most 288, and little is computed in vain whatever their number. One warp fetches weights by the copy
-// engine and one tokens, each into a ring of its own, so that neither waits for the other's stages. Two warpgroups multiply 64 rows of weights each. Tiles of wide experts come first.
+// engine and one tokens, each into a ring of its own, so that neither waits for the other's stages. Two warpgroups multiply 64
+// rows of weights each. Tiles of wide experts come first.
 //
 // Macros: HIDDEN, INTERMEDIATE, LOCAL experts, ELEMENT_IS_BFLOAT16. Shapes: R rows, H hidden, F intermediate, L local experts.
 
