@@ -6,6 +6,8 @@ graph holds one of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from moecompiler.config import SPARSE_MIXER_EPSILON, NormalizationMode
 from moecompiler.ops import OpSpec, Value
 
@@ -65,7 +67,7 @@ _LOGITS = """
     logits = Cast<to = 1>(router_logits)
 """
 
-_EXPERTS = """
+_SHARES = """
     # every expert's weight for every token, and of these the local experts'
     logits_shape = Shape(logits)
     nothing = Constant<value_float = 0.0>()
@@ -75,16 +77,21 @@ _EXPERTS = """
     shares_by_expert = Transpose<perm = [1, 0]>(local_shares)
     third_axis = Constant<value_ints = [2]>()
     shares = Unsqueeze(shares_by_expert, third_axis)
+"""
 
+_GATE_UP = """
     # down(silu(gate(x)) * up(x)) of every local expert on every token
     gate_up_columns = Transpose<perm = [0, 2, 1]>(gate_up)
-    both = MatMul(x, gate_up_columns)
+    both = MatMul({x}, gate_up_columns)
     gate, up = Split<axis = -1, num_outputs = 2>(both)
     sigmoid = Sigmoid(gate)
     activated = Mul(gate, sigmoid)
     inner = Mul(activated, up)
+"""
+
+_DOWN = """
     down_columns = Transpose<perm = [0, 2, 1]>(down)
-    results = MatMul(inner, down_columns)
+    results = MatMul({inner}, down_columns)
 
     wide_results = Cast<to = 1>(results)
     weighted = Mul(wide_results, shares)
@@ -94,11 +101,16 @@ _EXPERTS = """
 """
 
 
-def moe_body(mode: NormalizationMode, top_k: int) -> str:
+def moe_body(mode: NormalizationMode, top_k: int, rounding: Callable[[str, str], str] | None = None) -> str:
     """The body for a way of routing: ``x``, ``router``, ``gate_up``, ``down`` and ``expert_ids`` → ``y``. ``top_k`` is an
-    attribute too; only SPARSE_MIXER's body depends on it."""
+    attribute too; only SPARSE_MIXER's body depends on it. ``rounding``: given a weight's name and what it is to be multiplied
+    with, ``x`` or ``inner``, the text that makes ``rounded_x`` or ``rounded_inner``, ``[local experts, tokens, in]``, which
+    experts get in place of that."""
     route = _sparse_mixer(top_k) if mode is NormalizationMode.SPARSE_MIXER else _ROUTE[mode]
-    return _LOGITS + route + _EXPERTS
+    x, inner = ("x", "inner") if rounding is None else ("rounded_x", "rounded_inner")
+    before = ("", "") if rounding is None else (rounding("gate_up", "x"), rounding("down", "inner"))
+    experts = before[0] + _GATE_UP.format(x=x) + before[1] + _DOWN.format(inner=inner)
+    return _LOGITS + route + _SHARES + experts
 
 
 def moe_spec(mode: NormalizationMode, top_k: int) -> OpSpec:

@@ -16,10 +16,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moecompiler.ops import OpSpec, Value
+from moecompiler.plugins.quantized.nvfp4 import nvfp4_body
 from moecompiler.quantization.schemes import Format, Granularity, WeightScheme
 
-_CODES = {Format.INT8: "int8", Format.INT4: "int4", Format.UINT4: "int4"}
-_NAMES = {Format.INT8: "Int8", Format.INT4: "Int4", Format.UINT4: "Int4Asymmetric"}
+_CODES = {
+    Format.INT8: "int8",
+    Format.INT4: "int4",
+    Format.UINT4: "int4",
+    Format.E4M3: "float8_e4m3fn",
+    Format.E2M1: "int8",
+}
+_NAMES = {
+    Format.INT8: "Int8",
+    Format.INT4: "Int4",
+    Format.UINT4: "Int4Asymmetric",
+    Format.E4M3: "Fp8",
+    Format.E2M1: "Nvfp4",
+}
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,7 @@ class Form:
     @property
     def name(self) -> str:
         """The end of an op's name: a graph holds one body for each name."""
-        kind = "" if self.blocks or self.format is Format.INT8 else "Rows"
+        kind = "" if self.blocks or self.format in (Format.INT8, Format.E4M3) else "Rows"
         return _NAMES[self.format] + kind + ("Ordered" if self.ordered else "")
 
     @property
@@ -46,12 +59,28 @@ class Form:
         return self.format is Format.UINT4
 
     @property
+    def rounds_inputs(self) -> bool:
+        """Whether what meets the weight is held as codes too, with scales that are inputs of the op (``rounding``)."""
+        return self.format is Format.E4M3
+
+    @property
+    def two_level(self) -> bool:
+        """NVFP4 (see ``nvfp4``): two codes to a byte, and global scales; the size of blocks is always the same."""
+        return self.format is Format.E2M1
+
+    @property
     def attributes(self) -> dict[str, type]:
-        return {"block_size": int} if self.blocks else {}
+        return {"block_size": int} if self.blocks and not self.two_level else {}
 
     def values(self, weight: str, rows: str, columns: str) -> tuple[Value, ...]:
         """The inputs that stand for ``weight`` ``[rows, columns]``."""
         scales = (rows, f"{columns}_blocks") if self.blocks else (rows,)
+        if self.two_level:
+            return (
+                Value(f"{weight}_codes", (rows, f"{columns}_pairs"), self.codes_dtype),
+                Value(f"{weight}_scales", scales, "int8"),
+                Value(f"{weight}_global_scales", (rows,), "float32"),
+            )
         values: tuple[Value, ...] = (
             Value(f"{weight}_codes", (rows, columns), self.codes_dtype),
             Value(f"{weight}_scales", scales),
@@ -60,8 +89,10 @@ class Form:
             values = (*values, Value(f"{weight}_zero_points", scales, "int8"))
         return (*values, Value(f"{weight}_positions", (f"{weight}_sets", columns), "int64")) if self.ordered else values
 
-    def body(self, weight: str, result: str) -> str:
-        """From these inputs to ``result`` ``[rows, columns]`` of the scales' type."""
+    def body(self, weight: str, result: str, like: str | None = None) -> str:
+        """From these inputs to ``result`` ``[rows, columns]`` of the scales' type; NVFP4's of that of ``like``, float32 if None."""
+        if self.two_level:
+            return nvfp4_body(weight, result, like)
         how = "axis = 1, block_size: int = @block_size" if self.blocks else "axis = 0"
         text = _ASYMMETRIC if self.asymmetric else _SYMMETRIC
         if not self.ordered:
@@ -109,8 +140,8 @@ _ORDERED = """
 
 
 def form_of(scheme: WeightScheme) -> Form | None:
-    """None for schemes that graphs have no ops for."""
-    if scheme.format not in _CODES or scheme.granularity is Granularity.TENSOR:
+    """None for schemes that graphs have no ops for. FP8 scales of matrices become those of their rows."""
+    if scheme.format not in _CODES or (scheme.granularity is Granularity.TENSOR and scheme.format is not Format.E4M3):
         return None
     return Form(scheme.format, scheme.granularity is Granularity.BLOCK, scheme.act_order)
 
@@ -118,18 +149,19 @@ def form_of(scheme: WeightScheme) -> Form | None:
 def forms() -> tuple[Form, ...]:
     """All that graphs have ops for."""
     return (
-        Form(Format.INT8, False),
+        *(Form(f, False) for f in (Format.INT8, Format.E4M3)),
         *(Form(f, blocks) for f in (Format.INT4, Format.UINT4) for blocks in (True, False)),
         *(Form(f, True, ordered=True) for f in (Format.INT4, Format.UINT4)),
+        Form(Format.E2M1, True),
     )
 
 
 def dequantize_spec(form: Form) -> OpSpec:
-    """``DequantizeInt8``, …: codes → weight ``[rows, columns]``."""
+    """``DequantizeInt8``, …: codes → weight ``[rows, columns]`` of the scales' type; NVFP4's float32."""
     return OpSpec(
         name=f"Dequantize{form.name}",
         inputs=form.values("weight", "rows", "columns"),
-        outputs=(Value("y", ("rows", "columns")),),
+        outputs=(Value("y", ("rows", "columns"), "float32" if form.two_level else "T"),),
         attributes=form.attributes,
         body=form.body("weight", "y"),
         weights=("weight",),

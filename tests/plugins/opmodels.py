@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,21 @@ _TYPES = {
     "bool": TensorProto.BOOL,
     "int8": TensorProto.INT8,
     "int4": TensorProto.INT4,
+    "float8_e4m3fn": TensorProto.FLOAT8E4M3FN,
 }
 
 
-def op_model(spec: OpSpec, attributes: dict[str, Any], floats: int = TensorProto.FLOAT) -> onnx.ModelProto:
-    """A checked model of one node of ``spec``, with symbolic dims as the op declares them."""
+def op_model(
+    spec: OpSpec,
+    attributes: dict[str, Any],
+    floats: int = TensorProto.FLOAT,
+    leading: Sequence[str] = ("batch", "sequence"),
+) -> onnx.ModelProto:
+    """A checked model of one node of ``spec``, with symbolic dims as the op declares them; ``leading`` stands for ``...``."""
 
     def info(value: Any) -> onnx.ValueInfoProto:
         dims = [int(dim) if dim.isdigit() else dim for dim in value.dims]
-        dims = ["batch", "sequence", *dims[1:]] if dims and dims[0] == "..." else dims
+        dims = [*leading, *dims[1:]] if dims and dims[0] == "..." else dims
         return helper.make_tensor_value_info(value.name, _TYPES.get(value.type, floats), dims)
 
     node = helper.make_node(
