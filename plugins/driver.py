@@ -93,14 +93,18 @@ def tensor_map(address: int, dtype: str, sizes: tuple[int, ...], strides: tuple[
     from cuda.bindings import driver
 
     types = driver.CUtensorMapDataType
-    kind = {"float16": types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16, "bfloat16": types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16}[dtype]
+    kind, width = {
+        "float16": (types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2),
+        "bfloat16": (types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2),
+        "int8": (types.CU_TENSOR_MAP_DATA_TYPE_UINT8, 1),
+    }[dtype]
     return check(
         *driver.cuTensorMapEncodeTiled(
             kind,
             len(sizes),
             address,
             [driver.cuuint64_t(size) for size in reversed(sizes)],
-            [driver.cuuint64_t(2 * stride) for stride in reversed(strides)],
+            [driver.cuuint64_t(width * stride) for stride in reversed(strides)],
             [driver.cuuint32_t(size) for size in reversed(box)],
             [driver.cuuint32_t(1)] * len(sizes),
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,

@@ -108,9 +108,10 @@ class Workspace:
 
 @dataclass(frozen=True)
 class TensorMap:
-    """How the copy engine sees memory from ``base`` on: ``sizes`` and ``box`` in elements of 16 bits, the axis of adjacent ones
-    last; ``strides`` in elements, one less than there are axes. A box lies in shared memory as swizzled rows of 128 bytes; what
-    of it is outside of ``sizes`` arrives as zeros (CUDA Driver API, ``cuTensorMapEncodeTiled``)."""
+    """How the copy engine sees memory from ``base`` on: ``sizes`` and ``box`` in elements, ``float16``, ``bfloat16`` or ``int8``
+    (bytes of any meaning), the axis of adjacent ones last; ``strides`` in elements, one less than there are axes. A box lies in
+    shared memory as swizzled rows of 128 bytes; what of it is outside of ``sizes`` arrives as zeros (CUDA Driver API,
+    ``cuTensorMapEncodeTiled``)."""
 
     base: Input | Output | Workspace
     dtype: str

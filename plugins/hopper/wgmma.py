@@ -11,7 +11,8 @@ WIDTHS = range(16, 257, 16)
 
 def wgmma_header() -> bytes:
     """``wgmma<N>(d, a, b, keep)`` has both operands in shared memory, ``wgmma_rs<N>(d, a, b, keep)`` A in registers and B with
-    its columns adjacent in memory. ``keep`` 0 forgets what ``d`` held. ``ELEMENT`` is ``f16`` or ``bf16``."""
+    its columns adjacent in memory. ``keep`` 0 forgets what ``d`` held. ``ELEMENT`` is ``f16`` or ``bf16``. ``wgmma_e4m3<N>`` is
+    ``wgmma<N>`` of bytes: 32 columns where the others take 16."""
     parts = [
         '#pragma once\n#include "ptx.cuh"\n',
         "template <int N> struct Wgmma;\n",
@@ -20,6 +21,8 @@ def wgmma_header() -> bytes:
         "{ Wgmma<N>::shared(d, a, b, keep); }\n",
         "template <int N> void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int keep) "
         "{ Wgmma<N>::registers(d, a, b, keep); }\n",
+        "template <int N> void wgmma_e4m3(float (&d)[N / 2], uint64_t a, uint64_t b, int keep) "
+        "{ Wgmma<N>::e4m3(d, a, b, keep); }\n",
     ]
     return "".join(parts).encode()
 
@@ -28,21 +31,24 @@ def _struct(width: int) -> str:
     count = width // 2
     sums = ", ".join(f"%{i}" for i in range(count))
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
-    shape = f"wgmma.mma_async.sync.aligned.m64n{width}k16.f32."
+    halves, bytes_ = 'k16.f32." ELEMENT "." ELEMENT "', "k32.f32.e4m3.e4m3"
 
-    def statement(operands: str, predicate: int, inputs: str, flags: str) -> str:
+    def statement(kind: str, operands: str, predicate: int, inputs: str, flags: str) -> str:
         return (
-            f'asm volatile("{{ .reg .pred p; setp.ne.b32 p, %{predicate}, 0; {shape}" ELEMENT "." ELEMENT '
-            f'" {{{sums}}}, {operands}, p, {flags}; }}" : {outputs} : {inputs}, "r"(keep));'
+            f'asm volatile("{{ .reg .pred p; setp.ne.b32 p, %{predicate}, 0; wgmma.mma_async.sync.aligned.m64n{width}{kind}'
+            f' {{{sums}}}, {operands}, p, {flags}; }}" : {outputs} : {inputs}, "r"(keep));'
         )
 
-    both = statement(f"%{count}, %{count + 1}", count + 2, '"l"(a), "l"(b)', "1, 1, 0, 0")
+    shared = (f"%{count}, %{count + 1}", count + 2, '"l"(a), "l"(b)')
+    both = statement(halves, *shared, "1, 1, 0, 0")
+    both_bytes = statement(bytes_, *shared, "1, 1")
     fragments = ", ".join(f"%{count + i}" for i in range(4))
     held = ", ".join(f'"r"(a[{i}])' for i in range(4))
-    left = statement(f"{{{fragments}}}, %{count + 4}", count + 5, f'{held}, "l"(b)', "1, 1, 1")
+    left = statement(halves, f"{{{fragments}}}, %{count + 4}", count + 5, f'{held}, "l"(b)', "1, 1, 1")
     return (
         f"template <> struct Wgmma<{width}> {{\n"
         f"  static void shared(float (&d)[{count}], uint64_t a, uint64_t b, int keep) {{ {both} }}\n"
         f"  static void registers(float (&d)[{count}], const uint32_t (&a)[4], uint64_t b, int keep) {{ {left} }}\n"
+        f"  static void e4m3(float (&d)[{count}], uint64_t a, uint64_t b, int keep) {{ {both_bytes} }}\n"
         "};\n"
     )

@@ -64,9 +64,12 @@ def test_triton_kernels_get_two_hidden_pointers(calls: dict[str, list[tuple[Any,
     assert calls["cuFuncSetAttribute"][0][2] == 100_000  # above 48 KB it has to be asked for
 
 
-def test_cuda_kernels_get_what_they_name(calls: dict[str, list[tuple[Any, ...]]]) -> None:
+@pytest.mark.parametrize(("dtype", "width", "kind"), [("bfloat16", 2, "BFLOAT16"), ("int8", 1, "UINT8")])
+def test_cuda_kernels_get_what_they_name(
+    calls: dict[str, list[tuple[Any, ...]]], dtype: str, width: int, kind: str
+) -> None:
     """A tensor map is made of the address, its axes the other way round, strides in bytes; and once."""
-    view = TensorMap(Input(0), "bfloat16", (5, 40, 64), (2560, 64), (1, 32, 64))
+    view = TensorMap(Input(0), dtype, (5, 40, 64), (2560, 64), (1, 32, 64))
     launch = Launch(0, (132, 1, 1), (view, Output(0)))
     for _ in range(2):
         run([loaded(CUDA)], [launch], [256], [512], workspace=0, scratch=0, stream=0)
@@ -74,12 +77,12 @@ def test_cuda_kernels_get_what_they_name(calls: dict[str, list[tuple[Any, ...]]]
     assert values == ("map", 512)
     assert types == (None, ctypes.c_void_p)
     (encoded,) = calls["cuTensorMapEncodeTiled"]
-    kind, rank, address, sizes, strides, box, steps = encoded[:7]
-    assert kind == cuda.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+    data_type, rank, address, sizes, strides, box, steps = encoded[:7]
+    assert data_type == getattr(cuda.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{kind}")
     assert (rank, address) == (3, 256)
     assert [[int(n) for n in numbers] for numbers in (sizes, strides, box, steps)] == [
         [64, 40, 5],
-        [128, 5120],
+        [width * 64, width * 2560],
         [64, 32, 1],
         [1, 1, 1],
     ]
