@@ -10,9 +10,9 @@ import numpy as np
 from moecompiler.errors import UserError
 from moecompiler.held_codes import held_codes
 from moecompiler.quantization.arithmetic import dequantize, quantize
-from moecompiler.quantization.packing import less_eight
+from moecompiler.quantization.packing import less_eight, pack_bytes
 from moecompiler.quantization.schemes import Format, QuantizedTensor, WeightScheme
-from moecompiler.weights import NUMPY_DTYPES, Part, Quantized, Recipe, TensorReader, materialize
+from moecompiler.weights import NUMPY_DTYPES, Part, Quantized, Recipe, Shape, TensorReader, materialize
 
 _THREADS = 4  # numpy lets them calculate at the same time; with fewer cores they take turns
 
@@ -62,8 +62,15 @@ def _parts_of(quantized: Quantized, dtype: str, reader: TensorReader) -> dict[Pa
     scheme = quantized.scheme
     made = held_codes(quantized.source, scheme, reader) or _quantized(quantized.source, scheme, reader)
     if quantized.part is Part.WEIGHT:
-        numbers = dequantize(replace(made, scales=made.scales.astype(NUMPY_DTYPES[dtype])))
+        wide = made if scheme.two_level else replace(made, scales=made.scales.astype(NUMPY_DTYPES[dtype]))
+        numbers = dequantize(wide, dtype)
         return {Part.WEIGHT: np.ascontiguousarray(numbers.transpose(quantized.perm or range(numbers.ndim)))}
+    if made.global_scale is not None:
+        return {
+            Part.CODES: pack_bytes(made.codes).view(np.int8),
+            Part.SCALES: made.scales.view(np.int8),
+            Part.GLOBAL_SCALES: _by_row(made.global_scale, made.shape),
+        }
     unsigned = scheme.format is Format.UINT4
     parts = {Part.CODES: less_eight(made.codes) if unsigned else made.codes, Part.SCALES: made.scales}
     if made.zero_points is not None:
@@ -71,6 +78,12 @@ def _parts_of(quantized: Quantized, dtype: str, reader: TensorReader) -> dict[Pa
     if made.order is not None:
         parts[Part.POSITIONS] = np.argsort(made.order, axis=-1)
     return parts
+
+
+def _by_row(global_scale: np.ndarray, shape: Shape) -> np.ndarray:
+    """Of matrices ``[...]`` or of rows ``[..., out]``, as ``[..., out]``."""
+    of_matrices = global_scale.ndim < len(shape) - 1
+    return np.array(np.broadcast_to(global_scale[..., None] if of_matrices else global_scale, shape[:-1]))
 
 
 def _quantized(source: Recipe, scheme: WeightScheme, reader: TensorReader) -> QuantizedTensor:

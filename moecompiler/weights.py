@@ -63,11 +63,12 @@ class Piece:
 
 
 class Part(StrEnum):
-    """What a quantized weight consists of, in the order in which it is asked for; ``POSITIONS``: where in a row of codes each
-    input feature stands, for act-order; ``WEIGHT`` is the numbers it stands for."""
+    """What a quantized weight consists of, in the order in which it is asked for; ``GLOBAL_SCALES``: NVFP4's, one for each row;
+    ``POSITIONS``: where in a row of codes each input feature stands, for act-order; ``WEIGHT`` is the numbers it stands for."""
 
     CODES = "codes"
     SCALES = "scales"
+    GLOBAL_SCALES = "global_scales"
     ZERO_POINTS = "zero_points"
     POSITIONS = "positions"
     WEIGHT = "weight"
@@ -76,6 +77,7 @@ class Part(StrEnum):
 @dataclass(frozen=True)
 class Quantized:
     """A part of what ``scheme`` makes of ``source`` ``[..., out, in]``, a recipe of boxes; scales are of the source's dtype.
+    NVFP4's codes ``[..., out, in / 2]``, two to a byte, and its scales, the bits of E4M3, are int8.
     Where the checkpoint holds such codes itself, they are taken as they are.
 
     A ``WEIGHT`` may be of a wider dtype than its scales: it is rounded to that alone. ``perm``: its axes are permuted so at the

@@ -151,7 +151,7 @@ def _weights_of(node: gs.Node, weights: dict[str, Recipe]) -> tuple[_Weight, ...
 def _replace(found: _Found, graph: gs.Graph, weights: dict[str, Recipe], made: _Made) -> str:
     node, form = found.node, found.form
     parts = [_parts(each, found, weights, made) for each in found.weights]
-    attributes = {"block_size": found.scheme.block_size} if form.blocks else {}
+    attributes = {"block_size": found.scheme.block_size} if form.attributes else {}
     number = node.name.rpartition("_")[2]
     if node.op == "MoE":
         mode, top_k = NormalizationMode(node.attrs["normalization_mode"]), node.attrs["top_k"]
@@ -187,7 +187,8 @@ def _dequantize_before(
     """The weight ``[experts, in, out]`` from its codes, in front of the product that reads it."""
     node, (weight,), spec = found.node, found.weights, dequantize_spec(found.form)
     experts, out, features = weight.recipe.shape
-    module, dtype = module_of(node.name), parts[1].dtype
+    module, numbers = module_of(node.name), weight_tensor("", weight.recipe)
+    dtype = np.float32 if found.form.two_level else LazyValues(numbers).dtype
 
     def made(name: str, shape: list[int]) -> gs.Variable:
         return gs.Variable(f"{node.name}/{name}", dtype, shape)
@@ -203,6 +204,11 @@ def _dequantize_before(
             "Transpose", node_name(module, f"TransposeExperts_{number}"), {"perm": [0, 2, 1]}, [by_expert], [columns]
         ),
     ]
+    if LazyValues(numbers).dtype != dtype:  # NVFP4's numbers are float32
+        cast = gs.Variable(f"{node.name}/rounded", LazyValues(numbers).dtype, columns.shape)
+        name, to = node_name(module, f"CastExperts_{number}"), {"to": int(numbers.data_type)}
+        graph.nodes.insert(position_of(node, graph), gs.Node("Cast", name, to, [columns], [cast]))
+        columns = cast
     node.inputs[1] = columns
 
 
@@ -215,6 +221,9 @@ def _parts(weight: _Weight, found: _Found, weights: dict[str, Recipe], made: _Ma
     rows = prod(lead)
     scales = (rows, prod(scheme.scale_shape(recipe.shape)) // rows) if form.blocks else (rows,)
     wanted = {Part.CODES: (form.codes_dtype, (rows, features)), Part.SCALES: (recipe.dtype, scales)}
+    if form.two_level:
+        wanted = {Part.CODES: (form.codes_dtype, (rows, features // 2)), Part.SCALES: ("int8", scales)}
+        wanted[Part.GLOBAL_SCALES] = ("float32", (rows,))
     if form.asymmetric:
         wanted[Part.ZERO_POINTS] = ("int8", scales)
     if form.ordered:

@@ -104,7 +104,10 @@ def _multipliers(scheme: WeightScheme, scales: Scales) -> np.ndarray:
     """What codes are multiplied by, float32, of the shape of the scales."""
     if scales.global_scale is None:
         return widen(scales.scales)
-    return decode_e4m3(scales.scales) * scales.global_scale[..., None, None]
+    by_row = scales.global_scale.ndim == scales.scales.ndim - 1
+    return decode_e4m3(scales.scales) * (
+        scales.global_scale[..., None] if by_row else scales.global_scale[..., None, None]
+    )
 
 
 def _decode(codes: np.ndarray, format_: Format) -> np.ndarray:

@@ -119,9 +119,10 @@ class QuantizedTensor:
     """A weight ``[..., out, in]`` in codes, and what they stand for: ``(codes - zero_points) * scales``.
 
     ``codes`` ``[..., out, in]``, of the format's dtype; ``scales`` of the scheme's ``scale_shape``, float16, bfloat16 or float32,
-    for NVFP4 ``float8_e4m3fn``; ``zero_points`` uint8 as ``scales``, for asymmetric schemes alone; ``global_scale`` ``[...]``
-    float32, for NVFP4 alone. ``order`` ``[..., in]`` int64, for GPTQ's act-order: column j of ``codes`` is input
-    feature ``order[j]``, so that a block's features, wherever in the input they are, stand side by side.
+    for NVFP4 ``float8_e4m3fn``; ``zero_points`` uint8 as ``scales``, for asymmetric schemes alone; ``global_scale`` float32, for
+    NVFP4 alone, ``[...]`` or, where matrices with several were joined, ``[..., out]``. ``order`` ``[..., in]`` int64, for GPTQ's
+    act-order: column j of ``codes`` is input feature ``order[j]``, so that a block's features, wherever in the input they are,
+    stand side by side.
     """
 
     scheme: WeightScheme

@@ -90,7 +90,7 @@ class Form:
         return (*values, Value(f"{weight}_positions", (f"{weight}_sets", columns), "int64")) if self.ordered else values
 
     def body(self, weight: str, result: str, like: str | None = None) -> str:
-        """From these inputs to ``result`` ``[rows, columns]`` of the scales' type; NVFP4's of that of ``like``, float32 if None."""
+        """From these inputs to ``result`` ``[rows, columns]`` of the scales' type; NVFP4's of that of ``like``, or float32."""
         if self.two_level:
             return nvfp4_body(weight, result, like)
         how = "axis = 1, block_size: int = @block_size" if self.blocks else "axis = 0"

@@ -19,6 +19,7 @@ _TYPES = {
     "int8": TensorProto.INT8,
     "int4": TensorProto.INT4,
     "float8_e4m3fn": TensorProto.FLOAT8E4M3FN,
+    "float32": TensorProto.FLOAT,
 }
 
 

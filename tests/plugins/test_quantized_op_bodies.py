@@ -146,7 +146,6 @@ def test_every_form_has_a_name_of_its_own() -> None:
     names = [spec.name for each in forms() for spec in (dequantize_spec(each), linear_spec(each))]
     assert len(set(names)) == len(names)
     ordered = [replace(scheme, act_order=True) for scheme in SCHEMES if scheme.block_size]
-    assert {form(scheme) for scheme in (*SCHEMES, FP8, *ordered)} == set(forms())
-    assert form_of(NVFP4) is None
+    assert {form(scheme) for scheme in (*SCHEMES, FP8, NVFP4, *ordered)} == set(forms())
     assert all(isinstance(linear_spec(each).function(), onnx.FunctionProto) for each in forms())
     assert {NUMPY_DTYPES[each.codes_dtype] for each in forms()} == {np.dtype(np.int8), FP8.format.dtype}
