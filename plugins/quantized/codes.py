@@ -1,0 +1,203 @@
+"""Codes to numbers, and numbers rounded to E4M3, inside Triton kernels.
+
+Codes come as int8 bytes: int8 itself, two int4 or E2M1 to a byte, the first in the low half, or the bits of E4M3. ``dtype`` is
+that of the numbers: ``tl.float16``, ``tl.bfloat16`` or, without ``fast``, ``tl.float32``. Every number is exact.
+
+With ``fast`` four bytes are unpacked at a time, in PTX: ``prmt`` puts a code into the lowest bits of a number whose exponent
+makes these bits ones, and a subtraction takes away what is too much (Kim et al., "Who Says Elephants Can't Run", 2022). Without
+it all is plain arithmetic, which every GPU and Triton's interpreter have: ``fast`` needs compute capability 8.0, E4M3 8.9.
+"""
+
+import triton
+import triton.language as tl
+
+# 0x64 before a byte u is 1024 + u in float16; u is the code + 128
+INT8_TO_FLOAT16 = tl.constexpr("""{
+    .reg .b32 u, c;
+    xor.b32 u, $2, 0x80808080;
+    mov.b32 c, 0x64806480;
+    prmt.b32 $0, u, 0x64646464, 0x4140;
+    prmt.b32 $1, u, 0x64646464, 0x4342;
+    sub.f16x2 $0, $0, c;
+    sub.f16x2 $1, $1, c;
+}""")
+
+# u is the code + 8
+INT4_TO_FLOAT16 = tl.constexpr("""{
+    .reg .b32 u, v, c;
+    lop3.b32 u, $4, 0x0f0f0f0f, 0x08080808, 0x6a;
+    shr.u32 v, $4, 4;
+    lop3.b32 v, v, 0x0f0f0f0f, 0x08080808, 0x6a;
+    mov.b32 c, 0x64086408;
+    prmt.b32 $0, u, 0x64646464, 0x4140;
+    prmt.b32 $1, u, 0x64646464, 0x4342;
+    prmt.b32 $2, v, 0x64646464, 0x4140;
+    prmt.b32 $3, v, 0x64646464, 0x4342;
+    sub.f16x2 $0, $0, c;
+    sub.f16x2 $1, $1, c;
+    sub.f16x2 $2, $2, c;
+    sub.f16x2 $3, $3, c;
+}""")
+
+# 0x43 before a byte u is 128 + u in bfloat16
+INT4_TO_BFLOAT16 = tl.constexpr("""{
+    .reg .b32 u, v, c, one;
+    lop3.b32 u, $4, 0x0f0f0f0f, 0x08080808, 0x6a;
+    shr.u32 v, $4, 4;
+    lop3.b32 v, v, 0x0f0f0f0f, 0x08080808, 0x6a;
+    mov.b32 c, 0xc308c308;
+    mov.b32 one, 0x3f803f80;
+    prmt.b32 $0, u, 0x43434343, 0x4140;
+    prmt.b32 $1, u, 0x43434343, 0x4342;
+    prmt.b32 $2, v, 0x43434343, 0x4140;
+    prmt.b32 $3, v, 0x43434343, 0x4342;
+    fma.rn.bf16x2 $0, $0, one, c;
+    fma.rn.bf16x2 $1, $1, one, c;
+    fma.rn.bf16x2 $2, $2, one, c;
+    fma.rn.bf16x2 $3, $3, one, c;
+}""")
+
+# sign, exponent and fraction where float16 has them: 2^-14 of the number, subnormals too
+E2M1_TO_FLOAT16 = tl.constexpr("""{
+    .reg .b32 u, v, s, t, c;
+    mov.b32 c, 0x74007400;
+    prmt.b32 u, $4, 0, 0x4140;
+    prmt.b32 v, $4, 0, 0x4342;
+    shl.b32 s, u, 12;
+    and.b32 s, s, 0x80008000;
+    shl.b32 t, u, 9;
+    lop3.b32 $0, t, 0x0e000e00, s, 0xea;
+    shl.b32 s, v, 12;
+    and.b32 s, s, 0x80008000;
+    shl.b32 t, v, 9;
+    lop3.b32 $1, t, 0x0e000e00, s, 0xea;
+    shl.b32 s, u, 8;
+    and.b32 s, s, 0x80008000;
+    shl.b32 t, u, 5;
+    lop3.b32 $2, t, 0x0e000e00, s, 0xea;
+    shl.b32 s, v, 8;
+    and.b32 s, s, 0x80008000;
+    shl.b32 t, v, 5;
+    lop3.b32 $3, t, 0x0e000e00, s, 0xea;
+    mul.f16x2 $0, $0, c;
+    mul.f16x2 $1, $1, c;
+    mul.f16x2 $2, $2, c;
+    mul.f16x2 $3, $3, c;
+}""")
+
+# where bfloat16 has them: 2^-126 of the number
+E2M1_TO_BFLOAT16 = tl.constexpr("""{
+    .reg .b32 u, v, s, t, c, zero;
+    mov.b32 c, 0x7e807e80;
+    mov.b32 zero, 0x80008000;
+    prmt.b32 u, $4, 0, 0x4140;
+    prmt.b32 v, $4, 0, 0x4342;
+    shl.b32 s, u, 12;
+    and.b32 s, s, 0x80008000;
+    shl.b32 t, u, 6;
+    lop3.b32 $0, t, 0x01c001c0, s, 0xea;
+    shl.b32 s, v, 12;
+    and.b32 s, s, 0x80008000;
+    shl.b32 t, v, 6;
+    lop3.b32 $1, t, 0x01c001c0, s, 0xea;
+    shl.b32 s, u, 8;
+    and.b32 s, s, 0x80008000;
+    shl.b32 t, u, 2;
+    lop3.b32 $2, t, 0x01c001c0, s, 0xea;
+    shl.b32 s, v, 8;
+    and.b32 s, s, 0x80008000;
+    shl.b32 t, v, 2;
+    lop3.b32 $3, t, 0x01c001c0, s, 0xea;
+    fma.rn.bf16x2 $0, $0, c, zero;
+    fma.rn.bf16x2 $1, $1, c, zero;
+    fma.rn.bf16x2 $2, $2, c, zero;
+    fma.rn.bf16x2 $3, $3, c, zero;
+}""")
+
+_TWO = tl.constexpr("=&r,=&r,r")
+_FOUR = tl.constexpr("=&r,=&r,=&r,=&r,r")
+
+
+@triton.jit
+def int8_numbers(codes, dtype: tl.constexpr, fast: tl.constexpr):
+    """int8 → its numbers."""
+    if fast and dtype == tl.float16:
+        numbers = tl.inline_asm_elementwise(INT8_TO_FLOAT16, _TWO, [codes], tl.float16, is_pure=True, pack=4)
+    else:
+        numbers = codes.to(dtype)
+    return numbers
+
+
+@triton.jit
+def nibbles(packed):
+    """Two int4 to a byte → int8, the low and the high ones."""
+    return (packed << 4) >> 4, packed >> 4
+
+
+@triton.jit
+def int4_numbers(packed, dtype: tl.constexpr, fast: tl.constexpr):
+    """Two int4 to a byte → numbers, the low and the high ones."""
+    if fast and dtype == tl.float16:
+        low, high = tl.inline_asm_elementwise(
+            INT4_TO_FLOAT16, _FOUR, [packed], (tl.float16, tl.float16), is_pure=True, pack=4
+        )
+    elif fast and dtype == tl.bfloat16:
+        low, high = tl.inline_asm_elementwise(
+            INT4_TO_BFLOAT16, _FOUR, [packed], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+    else:
+        low_codes, high_codes = nibbles(packed)
+        low, high = low_codes.to(dtype), high_codes.to(dtype)
+    return low, high
+
+
+@triton.jit
+def _e2m1_number(code, dtype: tl.constexpr):
+    bits = (((code & 8) << 12) | ((code & 7) << 9)).to(tl.int16)
+    return (bits.to(tl.float16, bitcast=True).to(tl.float32) * 16384.0).to(dtype)
+
+
+@triton.jit
+def e2m1_numbers(packed, dtype: tl.constexpr, fast: tl.constexpr):
+    """Two E2M1 (OCP Microscaling 1.0) to a byte → numbers, the low and the high ones."""
+    if fast and dtype == tl.float16:
+        low, high = tl.inline_asm_elementwise(
+            E2M1_TO_FLOAT16, _FOUR, [packed], (tl.float16, tl.float16), is_pure=True, pack=4
+        )
+    elif fast and dtype == tl.bfloat16:
+        low, high = tl.inline_asm_elementwise(
+            E2M1_TO_BFLOAT16, _FOUR, [packed], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+    else:
+        wide = packed.to(tl.int32)
+        low, high = _e2m1_number(wide, dtype), _e2m1_number(wide >> 4, dtype)
+    return low, high
+
+
+@triton.jit
+def e4m3_numbers(codes, dtype: tl.constexpr, native: tl.constexpr):
+    """The bits of E4M3 (OCP FP8), NaN excepted → numbers, also float32; with ``native`` the GPU knows the type."""
+    if native:
+        numbers = codes.to(tl.float8e4nv, bitcast=True).to(dtype)
+    else:
+        # sign, exponent and fraction where float16 has them: 2^-8 of the number, subnormals too
+        wide = codes.to(tl.int32)
+        bits = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.int16)
+        numbers = (bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0).to(dtype)
+    return numbers
+
+
+@triton.jit
+def e4m3_rounded(x, native: tl.constexpr):
+    """float32 → the nearest number of E4M3, ties to even, saturated at ±448: ``float8e4nv`` if ``native``, else float32."""
+    kept = tl.minimum(tl.maximum(x, -448.0), 448.0)
+    if native:
+        rounded = kept.to(tl.float8e4nv)
+    else:
+        # added to 2^20 times the power of two below it, a number ends where three bits of fraction do
+        size = tl.abs(kept)
+        exponent = tl.maximum(size.to(tl.int32, bitcast=True) & 0x7F800000, 121 << 23)
+        large = (exponent + (20 << 23)).to(tl.float32, bitcast=True)
+        size = (size + large) - large
+        rounded = tl.where(kept < 0, -size, size)
+    return rounded
