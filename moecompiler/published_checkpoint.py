@@ -44,7 +44,7 @@ class HeldCodes:
         """What the source's identity says of them: in short, and as a recipe."""
         linears = {name.removesuffix(".weight") for name in self.shapes}
         recipe = published_recipe(self.config, linears, model)
-        return {"quantization": {"format": self.config.described, "rules": recipe_to_json(recipe)}}
+        return {"quantization": {"format": self.config.described, **recipe_to_json(recipe)}}
 
     def check(self) -> None:
         """Reads all. Raises: UserError as ``published.read_linear``."""

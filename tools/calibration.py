@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,7 +19,7 @@ from moecompiler.calibration.identity import model_fingerprint
 from moecompiler.calibration.result import Calibration
 from moecompiler.calibration.samples import LONGEST_TOKEN, bytes_as_tokens, check_sizes, cut_samples
 from moecompiler.calibration.text import default_documents, read_documents
-from moecompiler.config import ModelConfig, NormalizationMode
+from moecompiler.config import ExportOptions, ModelConfig, NormalizationMode
 from moecompiler.dummy import open_source
 from moecompiler.errors import UserError
 from moecompiler.runtime.prompts import load_tokenizer
@@ -76,6 +77,17 @@ def run_calibrate(
     )
     write_calibration(output_dir, result)
     return result
+
+
+def calibrate_beside(
+    output_dir: Path, flags: CalibrationFlags, config: ModelConfig, identity: dict[str, Any], export: ExportOptions
+) -> Calibration:
+    """As ``run_calibrate``, for what is to go to ``output_dir``; the result is kept in ``OUTPUT_DIR.calibration``."""
+    folder, notes = output_dir.with_name(f"{output_dir.name}.calibration"), list[str]()
+    found = run_calibrate(config, identity, export.dtype, export.normalization_mode, flags, folder, notes)
+    for note in (*notes, f"static scales are of {found.header['text']['tokens']} tokens, kept in {folder}"):
+        print(f"note: {note}", file=sys.stderr)
+    return found
 
 
 def samples_of(

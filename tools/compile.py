@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from moecompiler.artifact import Artifact
 from moecompiler.tools import options as opt
 from moecompiler.tools.build import check_engine, run_build
+from moecompiler.tools.calibration import calibrate_beside
 from moecompiler.tools.export import run_export
 from moecompiler.tools.flags import (
+    CalibrationFlags,
     EngineFlags,
     GraphFlags,
     InstrumentFlags,
@@ -31,12 +34,13 @@ def compile_(
     parallel: MappingFlags,
     graph: GraphFlags,
     passes: SelectionFlags,
+    calibration: CalibrationFlags,
     instruments: InstrumentFlags,
     engine: EngineFlags,
     work: WorkFlags,
 ) -> None:
     """Compile a checkpoint into engines: export + optimize + build."""
-    job = make_job(source, parallel, graph, passes)
+    job = make_job(source, parallel, graph, passes, partial(calibrate_beside, output_dir, calibration))
     passes = replace(passes.for_backend(engine.backend), recipe=job.quantization)
     check_instruments(instruments, passes.selection)
     for note in run_compile(job, output_dir, engine, passes, instruments, work):

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from moecompiler.artifact_writer import writing
 from moecompiler.atomic import fingerprint, temporary_path
 from moecompiler.tools import options as opt
-from moecompiler.tools.flags import GraphFlags, MappingFlags, QuantizationFlags, SourceFlags, WorkFlags
+from moecompiler.tools.calibration import calibrate_beside
+from moecompiler.tools.flags import (
+    CalibrationFlags,
+    GraphFlags,
+    MappingFlags,
+    QuantizationFlags,
+    SourceFlags,
+    WorkFlags,
+)
 from moecompiler.tools.groups import grouped
 from moecompiler.tools.job import Job, code_fingerprint, make_job, ranks_asked_for, versions
 from moecompiler.workers import ProgressFn, run_ranks
@@ -22,10 +31,11 @@ def export(
     parallel: MappingFlags,
     graph: GraphFlags,
     quantization: QuantizationFlags,
+    calibration: CalibrationFlags,
     work: WorkFlags,
 ) -> None:
     """Export a checkpoint to ONNX, rank by rank (the old convert_checkpoint)."""
-    job = make_job(source, parallel, graph, quantization)
+    job = make_job(source, parallel, graph, quantization, partial(calibrate_beside, output_dir, calibration))
     run_export(job, output_dir, work)
     print(f"exported {len(ranks_asked_for(job.mapping.world_size, work.rank))} rank(s) to {output_dir}")
 

@@ -46,8 +46,10 @@ class GraphFlags:
 
 @dataclass(frozen=True)
 class QuantizationFlags:
-    """Which weights are quantized how; ``quantization.recipe_from_flags`` reads them."""
+    """What is quantized how; ``quantization.recipe_from_flags`` reads them."""
 
+    qformat: quant.QFormatOption = None
+    scales: quant.Scales = None
     use_weight_only: quant.UseWeightOnly = False
     weight_only_precision: quant.WeightOnlyPrecisionOption = None
     group_size: quant.GroupSize = None

@@ -115,9 +115,11 @@ def _print_summary(console: Console, data: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _rules(rules: list[dict[str, Any]]) -> str:
-    recipe = recipe_from_json(rules)
-    return "; ".join(f"{rule.match}: {rule.scheme or 'kept'}" for rule in recipe.rules)
+def _rules(data: dict[str, Any]) -> str:
+    recipe = recipe_from_json(data)
+    rules = "; ".join(f"{rule.match}: {rule.scheme or 'kept'}" for rule in recipe.rules)
+    scales = f"; static scales of {len(recipe.input_scales)} inputs" if recipe.input_scales else ""
+    return rules + scales
 
 
 def _print_rank(console: Console, data: dict[str, Any]) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from moecompiler.artifact import Artifact
 from moecompiler.atomic import is_temporary
+from moecompiler.calibration.result import Calibration
 from moecompiler.checkpoint import open_checkpoint
 from moecompiler.config import ExportOptions, ModelConfig, load_config
 from moecompiler.dummy import DummyCheckpoint
@@ -93,14 +96,22 @@ def resolve_export(config: ModelConfig, flags: GraphFlags) -> ExportOptions:
 
 
 def make_job(
-    source: SourceFlags, parallel: MappingFlags, graph: GraphFlags, quantization: QuantizationFlags = _NOTHING
+    source: SourceFlags,
+    parallel: MappingFlags,
+    graph: GraphFlags,
+    quantization: QuantizationFlags = _NOTHING,
+    measure: Callable[[ModelConfig, dict[str, Any], ExportOptions], Calibration] | None = None,
 ) -> Job:
-    """Raises: UserError where there is no such model, or it cannot be split or quantized so."""
+    """What is asked for. ``measure`` calibrates the model, where FP8 needs static scales and none are given.
+
+    Raises: UserError where there is no such model, or it cannot be split or quantized so; as ``measure``.
+    """
     mapping = Mapping.create(parallel.tp_size, parallel.pp_size, parallel.moe_tp_size, parallel.moe_ep_size)
     config, identity = resolve_source(source)
     export = resolve_export(config, graph)
     check_mapping(config, mapping)
-    recipe = held_or_asked(quantization, config, mapping, identity)
+    measured = None if measure is None else partial(measure, config, identity, export)
+    recipe = held_or_asked(quantization, config, mapping, identity, measured)
     return Job(config, mapping, export, identity, recipe)
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Mapping as JsonObject
 from typing import Any
 
+from moecompiler.calibration.foreign import read_scales
+from moecompiler.calibration.identity import model_fingerprint
+from moecompiler.calibration.result import Calibration
+from moecompiler.calibration.static import wanting_scales, with_input_scales
 from moecompiler.config import ModelConfig
+from moecompiler.dummy import open_source
 from moecompiler.errors import UserError
 from moecompiler.mapping import Mapping
 from moecompiler.plugins.quantized.dequantize import form_of
@@ -18,11 +24,16 @@ from moecompiler.quantization.recipe import (
     load_recipe,
     parse_scheme,
 )
+from moecompiler.quantization.schemes import WeightScheme
 from moecompiler.quantized import Mixed, scheme_for
 from moecompiler.sharding import recipe_for
 from moecompiler.tools.flags import QuantizationFlags
+from moecompiler.tools.quantization_options import QFormat
 
 Source = JsonObject[str, Any]  # the identity of a checkpoint, see ``checkpoint.Source.identity``
+Measure = Callable[[], Calibration]
+
+_SCHEMES = {QFormat.fp8: "fp8", QFormat.int8_wo: "int8", QFormat.int4_wo: "int4", QFormat.nvfp4: "nvfp4"}
 
 _WEIGHTS = (
     *(f"self_attn.{each}_proj.weight" for each in "qkvo"),
@@ -32,38 +43,57 @@ _WEIGHTS = (
 
 def recipe_from_flags(flags: QuantizationFlags) -> QuantizationRecipe | None:
     """What the options ask for; None where they ask for nothing. A recipe's rules come before the defaults of
-    ``--use_weight_only``, if both are given.
+    ``--qformat`` and ``--use_weight_only``, if both are given.
 
     Raises: UserError where options contradict each other, or the recipe cannot be read.
     """
     given = None if flags.quantization is None else load_recipe(flags.quantization)
-    if not flags.use_weight_only:
-        for option, value in (
-            ("--weight_only_precision", flags.weight_only_precision),
-            ("--group_size", flags.group_size),
-        ):
-            if value is not None:
-                raise UserError(f"{option} {value}: goes with --use_weight_only; give that too")
+    if flags.use_weight_only and flags.qformat is not None:
+        raise UserError(f"--use_weight_only and --qformat {flags.qformat} exclude each other; give one")
+    scheme = _default_scheme(flags)
+    if scheme is None:
         return given
-    scheme = parse_scheme(flags.weight_only_precision or "int8", flags.group_size, "--use_weight_only")
-    assert scheme is not None
     default = default_recipe(scheme)
     return default if given is None else default.overridden(given)
 
 
+def _default_scheme(flags: QuantizationFlags) -> WeightScheme | None:
+    """What is to be made of weights that no recipe names; None: nothing."""
+    if not flags.use_weight_only and flags.weight_only_precision is not None:
+        raise UserError(
+            f"--weight_only_precision {flags.weight_only_precision}: goes with --use_weight_only; give that too"
+        )
+    if flags.use_weight_only:
+        return parse_scheme(flags.weight_only_precision or "int8", flags.group_size, "--use_weight_only")
+    if flags.qformat is not None and flags.qformat is not QFormat.full_prec:
+        return parse_scheme(_SCHEMES[flags.qformat], flags.group_size, f"--qformat {flags.qformat}")
+    if flags.group_size is not None:
+        raise UserError(
+            f"--group_size {flags.group_size}: goes with --use_weight_only or --qformat; give one of them too"
+        )
+    return None
+
+
 def checked_recipe(
-    flags: QuantizationFlags, config: ModelConfig, mapping: Mapping, source: Source
+    flags: QuantizationFlags, config: ModelConfig, mapping: Mapping, source: Source, measure: Measure | None = None
 ) -> QuantizationRecipe | None:
     """As ``recipe_from_flags``, for a model, how it is split, and the identity of its weights. What options ask for comes before
-    what a quantized checkpoint holds.
+    what a quantized checkpoint holds. ``measure`` calibrates the model, where FP8 needs static scales and none are given.
 
     Raises: UserError also where a rule matches nothing, weights that are one tensor are to be quantized differently, graphs have
-    no op for a scheme, a rank's share of a weight is not of whole groups, or the checkpoint holds other codes.
+    no op for a scheme, a rank's share of a weight is not of whole groups, the checkpoint holds other codes, or static scales
+    are missing or of another model.
     """
     recipe, held = recipe_from_flags(flags), held_recipe(source)
     if recipe is None:
-        return None
-    where = f"--quantization {flags.quantization}" if flags.quantization is not None else "--use_weight_only"
+        if flags.scales is None:
+            return None
+        if held is None:
+            raise UserError(
+                f"--scales {flags.scales}: goes with --qformat fp8, or a recipe that says so; give that too"
+            )
+        return with_scales(held, flags, config, source, f"--model_dir {source['model_dir']}")
+    where = f"--quantization {flags.quantization}" if flags.quantization is not None else _option(flags)
     stacks = linear_stacks(config)
     check_recipe(recipe, stacks, where)
     if held is not None:
@@ -76,24 +106,61 @@ def checked_recipe(
                     " or give the unquantized checkpoint"
                 )
     _check_shares(recipe, config, mapping, where)
-    return recipe
+    return with_scales(recipe, flags, config, source, where, measure)
+
+
+def with_scales(
+    recipe: QuantizationRecipe,
+    flags: QuantizationFlags,
+    config: ModelConfig,
+    source: Source,
+    where: str,
+    measure: Measure | None = None,
+) -> QuantizationRecipe:
+    """With the static scales of FP8 weights' inputs: those of ``--scales``, or that the checkpoint has, or measured.
+
+    Raises: UserError that begins with ``where``, where there are none, or with the file's name where they are of another model.
+    """
+    wanting = wanting_scales(recipe, config)
+    if not wanting:
+        if flags.scales is not None:
+            raise UserError(f"--scales {flags.scales}: goes with --qformat fp8; {where} asks for no FP8")
+        return recipe
+    if flags.scales is not None:
+        found = read_scales(flags.scales, config)
+        if "model_fingerprint" in found.header:
+            found.check_model(model_fingerprint(config, open_source(dict(source), config)))
+        return with_input_scales(recipe, config, found.input_scale)
+    if all(recipe.input_scale(name) is not None for group in wanting for name in group):
+        return recipe
+    if measure is None:
+        raise UserError(
+            f"{where}: {wanting[0][0]} is FP8, and there is no static scale of its inputs; give --scales with what"
+            " `moecompiler calibrate` makes"
+        )
+    return with_input_scales(recipe, config, measure().input_scale)
+
+
+def _option(flags: QuantizationFlags) -> str:
+    return "--use_weight_only" if flags.qformat is None else f"--qformat {flags.qformat}"
 
 
 def held_recipe(source: Source) -> QuantizationRecipe | None:
     """What a checkpoint of this identity holds as codes; None where it is not quantized."""
     quantization = source.get("quantization")
-    return None if quantization is None else recipe_from_json(quantization["rules"])
+    return None if quantization is None else recipe_from_json(quantization)
 
 
 def held_or_asked(
-    flags: QuantizationFlags, config: ModelConfig, mapping: Mapping, source: Source
+    flags: QuantizationFlags, config: ModelConfig, mapping: Mapping, source: Source, measure: Measure | None = None
 ) -> QuantizationRecipe | None:
     """As ``checked_recipe``; where the options ask for nothing, what the checkpoint holds. Raises: as that."""
-    asked, held = checked_recipe(flags, config, mapping, source), held_recipe(source)
-    if asked is not None or held is None:
-        return asked
-    _check_shares(held, config, mapping, f"--model_dir {source['model_dir']}", held=True)
-    return held
+    held = held_recipe(source)
+    if held is not None and recipe_from_flags(flags) is None:
+        where = f"--model_dir {source['model_dir']}"
+        _check_shares(held, config, mapping, where, held=True)
+        return with_scales(held, flags, config, source, where)
+    return checked_recipe(flags, config, mapping, source, measure)
 
 
 def _check_shares(

@@ -18,6 +18,34 @@ class WeightOnlyPrecision(StrEnum):
     int4 = "int4"
 
 
+class QFormat(StrEnum):
+    """What TensorRT-LLM's ``quantize.py --qformat`` takes, of what there is here."""
+
+    full_prec = "full_prec"
+    fp8 = "fp8"
+    int8_wo = "int8_wo"
+    int4_wo = "int4_wo"
+    nvfp4 = "nvfp4"
+
+
+QFormatOption = Annotated[
+    QFormat | None,
+    typer.Option(
+        "--qformat",
+        metavar="FORMAT",
+        help="Quantize attention and experts: " + ", ".join(QFormat) + ".",
+        rich_help_panel=_PANEL,
+    ),
+]
+Scales = Annotated[
+    Path | None,
+    typer.Option(
+        "--scales",
+        metavar="PATH",
+        help="Static scales: of `calibrate`, or in a checkpoint of ModelOpt, compressed-tensors or TensorRT-LLM.",
+        rich_help_panel=_PANEL,
+    ),
+]
 UseWeightOnly = Annotated[
     bool,
     typer.Option("--use_weight_only", help="Quantize the weights of attention and experts.", rich_help_panel=_PANEL),

@@ -22,16 +22,19 @@ def scheme_from_json(data: dict[str, Any]) -> WeightScheme:
     return WeightScheme(format_, granularity, data["block_size"], data.get("act_order", False))
 
 
-def recipe_to_json(recipe: QuantizationRecipe) -> list[dict[str, Any]]:
-    return [
+def recipe_to_json(recipe: QuantizationRecipe) -> dict[str, Any]:
+    rules = [
         {"match": rule.match, "scheme": None if rule.scheme is None else scheme_to_json(rule.scheme)}
         for rule in recipe.rules
     ]
+    scales = {"input_scales": dict(recipe.input_scales)} if recipe.input_scales else {}
+    return {"rules": rules, **scales}
 
 
-def recipe_from_json(data: list[dict[str, Any]]) -> QuantizationRecipe:
+def recipe_from_json(data: dict[str, Any]) -> QuantizationRecipe:
     """Raises: KeyError, ValueError where the data is not what ``recipe_to_json`` gives."""
-    rules = ((each["match"], each["scheme"]) for each in data)
+    rules = ((each["match"], each["scheme"]) for each in data["rules"])
     return QuantizationRecipe(
-        tuple(Rule(match, None if scheme is None else scheme_from_json(scheme)) for match, scheme in rules)
+        tuple(Rule(match, None if scheme is None else scheme_from_json(scheme)) for match, scheme in rules),
+        tuple(data.get("input_scales", {}).items()),
     )

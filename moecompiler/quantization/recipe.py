@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +40,27 @@ class Rule:
 
 @dataclass(frozen=True)
 class QuantizationRecipe:
-    """Rules, the first that matches first."""
+    """Rules, the first that matches first. ``input_scales``: by name of the weight, the static scale of what meets it, for those
+    that are FP8."""
 
     rules: tuple[Rule, ...]
+    input_scales: tuple[tuple[str, float], ...] = ()
 
     def scheme_of(self, name: str) -> WeightScheme | None:
         """How the weight called ``name`` is quantized; ``None``: not at all."""
         return next((rule.scheme for rule in self.rules if fnmatchcase(name, rule.match)), None)
 
+    @cached_property
+    def _scales(self) -> dict[str, float]:
+        return dict(self.input_scales)
+
+    def input_scale(self, name: str) -> float | None:
+        """The static scale of what meets the weight called ``name``; ``None``: there is none."""
+        return self._scales.get(name)
+
     def overridden(self, by: QuantizationRecipe) -> QuantizationRecipe:
-        """These rules, after those of ``by``."""
-        return QuantizationRecipe(by.rules + self.rules)
+        """These rules, after those of ``by``, and these scales, where ``by`` has no others."""
+        return QuantizationRecipe(by.rules + self.rules, tuple((self._scales | by._scales).items()))
 
 
 def default_recipe(scheme: WeightScheme) -> QuantizationRecipe:

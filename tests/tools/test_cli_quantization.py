@@ -123,11 +123,8 @@ def test_a_weight_that_no_pass_finds(here: Here, tmp_path: Path) -> None:
         ((*INT4[:-1], 20), None, "group_size is 20; it must be a multiple of 8"),
         ((), "- {match: '*.norm', scheme: int8}", "'*.norm' matches none of the weights that can be quantized"),
         ((), "- {match: '*.experts.0.*', scheme: int8}", "mixed formats across experts"),
-        (
-            (),
-            "- {match: '*', scheme: fp8}",
-            "q_proj.weight is to be float8_e4m3fn per tensor, which engines cannot hold",
-        ),
+        (("--use_weight_only", "--qformat", "fp8"), None, "--use_weight_only and --qformat fp8 exclude each other"),
+        (("--scales", "scales.json"), None, "--scales scales.json: goes with --qformat fp8"),
     ],
 )
 def test_what_cannot_be(here: Here, tmp_path: Path, options: tuple[object, ...], rules: str | None, said: str) -> None:
