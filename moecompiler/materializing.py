@@ -7,14 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from moecompiler.errors import UserError
 from moecompiler.held_codes import held_codes
-from moecompiler.quantization.arithmetic import dequantize, quantize
+from moecompiler.quantization.arithmetic import dequantize
 from moecompiler.quantization.packing import less_eight, pack_bytes
-from moecompiler.quantization.schemes import Format, QuantizedTensor, WeightScheme
+from moecompiler.quantization.schemes import Format, WeightScheme
+from moecompiler.quantizing import quantize_boxes
 from moecompiler.weights import NUMPY_DTYPES, Part, Quantized, Recipe, Shape, TensorReader, materialize
-
-_THREADS = 4  # numpy lets them calculate at the same time; with fewer cores they take turns
 
 
 class Materializer:
@@ -60,7 +58,7 @@ def _parts_of(quantized: Quantized, dtype: str, reader: TensorReader) -> dict[Pa
     difference of the two.
     """
     scheme = quantized.scheme
-    made = held_codes(quantized.source, scheme, reader) or _quantized(quantized.source, scheme, reader)
+    made = held_codes(quantized.source, scheme, reader) or quantize_boxes(quantized.source, scheme, reader)
     if quantized.part is Part.WEIGHT:
         wide = made if scheme.two_level else replace(made, scales=made.scales.astype(NUMPY_DTYPES[dtype]))
         numbers = dequantize(wide, dtype)
@@ -84,16 +82,3 @@ def _by_row(global_scale: np.ndarray, shape: Shape) -> np.ndarray:
     """Of matrices ``[...]`` or of rows ``[..., out]``, as ``[..., out]``."""
     of_matrices = global_scale.ndim < len(shape) - 1
     return np.array(np.broadcast_to(global_scale[..., None] if of_matrices else global_scale, shape[:-1]))
-
-
-def _quantized(source: Recipe, scheme: WeightScheme, reader: TensorReader) -> QuantizedTensor:
-    """With features in their own order, where that is to be told."""
-    weight = materialize(source, reader)
-    try:
-        made = quantize(weight, scheme, source.dtype, _THREADS)
-    except ValueError as error:
-        first, *others = sorted(source.sources)
-        names = f"{first}, or {others[-1]}" if others else first
-        raise UserError(f"{names}: cannot be quantized: {error}") from None
-    features = np.arange(source.shape[-1])
-    return replace(made, order=np.tile(features, (*source.shape[:-2], 1))) if scheme.act_order else made

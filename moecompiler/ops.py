@@ -79,7 +79,8 @@ class OpSpec:
         return gs.Node(self.name, name, dict(attributes), list(inputs), list(outputs), domain=DOMAIN)
 
     def output_shapes(self, shapes: Sequence[Sequence[Dim]]) -> list[list[Dim]]:
-        """The op's shape rule: the outputs' shapes from the inputs'. Dims are sizes, or names where they are open.
+        """The op's shape rule: the outputs' shapes from the inputs'. Dims are sizes, or names where they are open, as one is that
+        no input has.
 
         Raises: ValueError where an input has another rank, or two dims of one name different sizes.
         """
@@ -92,7 +93,7 @@ class OpSpec:
             for dim in value.dims:
                 taken = [left.pop(0) for _ in range(leading if dim == "..." else 1)]
                 self._bind(dim, taken, sizes, value.name)
-        return [[each for dim in value.dims for each in sizes[dim]] for value in self.outputs]
+        return [[each for dim in value.dims for each in sizes.get(dim, [dim])] for value in self.outputs]
 
     def _bind(self, dim: str, taken: list[Dim], sizes: dict[str, list[Dim]], where: str) -> None:
         bound = sizes.setdefault(dim, [int(dim)] if dim.isdigit() else taken)

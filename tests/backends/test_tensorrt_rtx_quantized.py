@@ -15,7 +15,7 @@ from moecompiler.config import ExportOptions
 from moecompiler.passes.pipelines import named_pipelines
 from moecompiler.pipeline import run_passes
 from moecompiler.quantization.recipe import default_recipe
-from moecompiler.quantization.schemes import INT8, WeightScheme, int4
+from moecompiler.quantization.schemes import INT8, NVFP4, WeightScheme, int4
 
 pytestmark = pytest.mark.xdist_group("tensorrt-rtx")
 NOTE = "--moe_weights external: quantized experts are baked into the engine, for they are read by no plugin"
@@ -30,6 +30,8 @@ NOTE = "--moe_weights external: quantized experts are baked into the engine, for
         (int4(64), "ootb", "bfloat16", "auto"),
         (int4(64, symmetric=False), "tensorrt-rtx", "float16", "external"),
         (int4(64, symmetric=False), "ootb", "bfloat16", "auto"),
+        (NVFP4, "tensorrt-rtx", "float16", "external"),
+        (NVFP4, "ootb", "bfloat16", "auto"),
     ],
 )
 def test_every_scheme_builds(

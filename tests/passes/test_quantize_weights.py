@@ -24,7 +24,7 @@ from moecompiler.passes.quantize_weights import QuantizeWeights
 from moecompiler.passes.selection import Selection, identity
 from moecompiler.pipeline import apply, run_passes
 from moecompiler.quantization.recipe import QuantizationRecipe, Rule, default_recipe
-from moecompiler.quantization.schemes import INT8, WeightScheme, int4
+from moecompiler.quantization.schemes import INT8, NVFP4, WeightScheme, int4
 from moecompiler.validation.scenario import Step
 from moecompiler.weights import Recipe
 
@@ -56,6 +56,8 @@ def logits(program: Program, weights: WeightCache) -> np.ndarray:
         ("plugins", default_recipe(INT8), "float32", {"LinearInt8": 8, "MoEInt8": 4}),
         ("plugins", MIXED, "bfloat16", {"LinearInt8": 8, "MoEInt4": 3, "MoE": 1}),
         ("onnxruntime", default_recipe(ASYMMETRIC), "float32", {"LinearInt4Asymmetric": 8, "MoEInt4Asymmetric": 4}),
+        ("plugins", default_recipe(NVFP4), "bfloat16", {"LinearNvfp4": 8, "MoENvfp4": 4}),
+        ("ootb", default_recipe(NVFP4), "bfloat16", {"DequantizeLinear": 48}),
         ("ootb", default_recipe(INT8), "bfloat16", {"DequantizeLinear": 24}),
         ("ootb", default_recipe(ASYMMETRIC), "float32", {"DequantizeLinear": 48}),
         ("debug", default_recipe(INT4), "float32", {"DequantizeLinear": 24}),
