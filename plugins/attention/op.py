@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from moecompiler.ops import OpSpec, Value
 
-_HEADS = """
+HEADS = """
     # [batch, sequence, heads * head_dim] → [batch, heads, sequence, head_dim]
     one = Constant<value_ints = [1]>()
     copy = Constant<value_ints = [0]>()
@@ -52,12 +52,13 @@ _CACHE_UPDATE = """
 """
 
 
-def _scores(keys: str) -> str:
+def scores(keys: str, queries: str = "query_rotated") -> str:
+    """``[batch, kv_heads, group, sequence, slots]`` float32, of heads ``[batch, heads, sequence, head_dim]``."""
     return f"""
     # query heads that share a key-value head form one matrix
     head_dim = Shape<start = 3>({keys})
     group_shape = Concat<axis = 0>(copy, kv_heads, rest, head_dim)
-    grouped = Reshape(query_rotated, group_shape)
+    grouped = Reshape({queries}, group_shape)
     key_columns = Transpose<perm = [0, 1, 3, 2]>({keys})
     products = MatMul(grouped, key_columns)
     wide = Cast<to = 1>(products)
@@ -70,7 +71,7 @@ def _scores(keys: str) -> str:
 """
 
 
-_CAUSAL = """
+CAUSAL = """
     # a query sees the slots up to its own, at most window of them
     query_axes = Constant<value_ints = [1, 2, 4]>()
     query_slot = Unsqueeze(position_ids, query_axes)
@@ -97,7 +98,7 @@ _GIVEN_MASK = """
     masked = Add(scores, wide_mask)
 """
 
-_SHARES = """
+SHARES = """
     shares = Softmax<axis = -1>(masked)
 """
 
@@ -111,7 +112,8 @@ _GUARDED_SHARES = """
 """
 
 
-def _mixed(values: str) -> str:
+def mixed(values: str) -> str:
+    """The output from ``shares``."""
     return f"""
     weights = CastLike(shares, query)
     weights_shape = Concat<axis = 0>(copy, copy, rest, capacity)
@@ -125,7 +127,7 @@ def _mixed(values: str) -> str:
 """
 
 
-_CACHE = ("batch", "kv_heads", "slots", "head_dim")
+CACHE = ("batch", "kv_heads", "slots", "head_dim")
 
 ATTENTION = OpSpec(
     name="Attention",
@@ -136,16 +138,16 @@ ATTENTION = OpSpec(
         Value("cos", ("batch", "1", "sequence", "head_dim")),
         Value("sin", ("batch", "1", "sequence", "head_dim")),
         Value("position_ids", ("batch", "sequence"), "int64"),
-        Value("past_key", _CACHE),
-        Value("past_value", _CACHE),
+        Value("past_key", CACHE),
+        Value("past_value", CACHE),
     ),
     outputs=(
         Value("output", ("batch", "sequence", "query_size")),
-        Value("present_key", _CACHE),
-        Value("present_value", _CACHE),
+        Value("present_key", CACHE),
+        Value("present_value", CACHE),
     ),
     attributes={"num_heads": int, "num_kv_heads": int, "scale": float, "window": int},
-    body=_HEADS + _CACHE_UPDATE + _scores("present_key") + _CAUSAL + _SHARES + _mixed("present_value"),
+    body=HEADS + _CACHE_UPDATE + scores("present_key") + CAUSAL + SHARES + mixed("present_value"),
 )
 
 CONTEXT_ATTENTION = OpSpec(
@@ -160,5 +162,5 @@ CONTEXT_ATTENTION = OpSpec(
     ),
     outputs=(Value("output", ("batch", "sequence", "query_size")),),
     attributes={"num_heads": int, "num_kv_heads": int, "scale": float},
-    body=_HEADS + _scores("key_rotated") + _GIVEN_MASK + _GUARDED_SHARES + _mixed("value_heads"),
+    body=HEADS + scores("key_rotated") + _GIVEN_MASK + _GUARDED_SHARES + mixed("value_heads"),
 )
