@@ -4,6 +4,7 @@
 typedef signed int int32_t;
 typedef unsigned int uint32_t;
 typedef unsigned short uint16_t;
+typedef unsigned char uint8_t;
 typedef long long int64_t;
 typedef unsigned long long uint64_t;
 
@@ -165,6 +166,9 @@ __forceinline__ void store_shared(uint32_t address, Chunk chunk) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(chunk.words[0]), "r"(chunk.words[1]),
                "r"(chunk.words[2]), "r"(chunk.words[3])
                : "memory");
+}
+__forceinline__ void store_word(uint32_t address, uint32_t word) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
 }
 __forceinline__ void store_pair(uint32_t address, float first, float second) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(first), "f"(second) : "memory");
