@@ -23,6 +23,16 @@ Key = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
+class Step:
+    """A launch whose grid and numbers are known; ``kernel`` is by key."""
+
+    kernel: Key
+    grid: tuple[int, int, int]
+    args: tuple[Any, ...]
+    persistent: bool = False
+
+
+@dataclass(frozen=True)
 class NodeKernels:
     """The kernels for a node's sizes, on cards of compute capability ``sm``."""
 
@@ -139,14 +149,17 @@ class NodeKernels:
         maps = (("weights", "tensormap"), ("tokens", "tensormap"))
         signature = (*maps, ("totals", "*i32"), ("results", "*i16"))
         source, shared = f"{_MODULE}/grouped.cu", shared_memory(90)
-        combine = {"HIDDEN": sizes.hidden, "TOP_K": sizes.top_k, "H_BLOCK": COMBINED_COLUMNS}
-        types = "results:T places:I weights:F y:T"
         return {
             ("place", 1): self.place(1),
             ("grouped_up",): CudaKernel(source, "grouped_up", signature, tuple(constants.items()), 12, shared),
             ("grouped_down",): CudaKernel(source, "grouped_down", signature, tuple(constants.items()), 12, shared),
-            ("sorted_combine",): self._kernel("many_kernels", "sorted_combine", types, combine, 4),
+            ("sorted_combine",): self.sorted_combine(),
         }
+
+    def sorted_combine(self) -> Kernel:
+        """For results that lie as ``place`` sorts rows."""
+        constants = {"HIDDEN": self.sizes.hidden, "TOP_K": self.sizes.top_k, "H_BLOCK": COMBINED_COLUMNS}
+        return self._kernel("many_kernels", "sorted_combine", "results:T places:I weights:F y:T", constants, 4)
 
     def many(self, tiles: Many) -> dict[Key, Kernel]:
         """For many tokens."""

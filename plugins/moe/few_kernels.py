@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _silu(x):
+def silu(x):
     return x / (1.0 + tl.exp(-x))
 
 
@@ -41,7 +41,7 @@ def one_up(
         values = tl.load(x + column, mask=column < HIDDEN, other=0.0).to(tl.float32)[None, :]
         gate += gate_part.to(tl.float32) * values
         up += up_part.to(tl.float32) * values
-    value = _silu(tl.sum(gate, 1)) * tl.sum(up, 1)
+    value = silu(tl.sum(gate, 1)) * tl.sum(up, 1)
     tl.store(inner + which * INTERMEDIATE + row, value.to(inner.dtype.element_ty), mask=row < INTERMEDIATE)
 
 
@@ -73,7 +73,7 @@ def one_down(
 
 
 @triton.jit
-def _hit(
+def hit_expert(
     chosen, which, tokens,
     LOCAL: tl.constexpr, L_BLOCK: tl.constexpr, TOP_K: tl.constexpr, K_BLOCK: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +98,7 @@ def few_up(
     if OVERLAPPED:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    expert, mine = _hit(chosen, tl.program_id(1), tokens, LOCAL, L_BLOCK, TOP_K, K_BLOCK, M)
+    expert, mine = hit_expert(chosen, tl.program_id(1), tokens, LOCAL, L_BLOCK, TOP_K, K_BLOCK, M)
     if expert < 0:
         return
     row = tl.program_id(0) * N + tl.arange(0, N)
@@ -116,7 +116,7 @@ def few_up(
         up_part = tl.load(rows + INTERMEDIATE * HIDDEN + first, mask=there, other=0.0, eviction_policy="evict_first")
         gate = tl.dot(gate_part, values, gate)
         up = tl.dot(up_part, values, up)
-    result = tl.trans((_silu(gate) * up).to(inner.dtype.element_ty))
+    result = tl.trans((silu(gate) * up).to(inner.dtype.element_ty))
     at = inner + (expert * tokens + token).to(tl.int64)[:, None] * INTERMEDIATE + row[None, :]
     tl.store(at, result, mask=mine[:, None] & (row < INTERMEDIATE)[None, :])
 
@@ -134,7 +134,7 @@ def few_down(
     if OVERLAPPED:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    expert, mine = _hit(chosen, tl.program_id(1), tokens, LOCAL, L_BLOCK, TOP_K, K_BLOCK, M)
+    expert, mine = hit_expert(chosen, tl.program_id(1), tokens, LOCAL, L_BLOCK, TOP_K, K_BLOCK, M)
     if expert < 0:
         return
     row = tl.program_id(0) * N + tl.arange(0, N)

@@ -21,18 +21,8 @@ from moecompiler.plugins.launch import (
     Workspace,
     multiprocessors,
 )
-from moecompiler.plugins.moe.compiled import COMBINED_COLUMNS, MOVED_COLUMNS, ROUTED_TOKENS, Key, NodeKernels
+from moecompiler.plugins.moe.compiled import COMBINED_COLUMNS, MOVED_COLUMNS, ROUTED_TOKENS, Key, NodeKernels, Step
 from moecompiler.plugins.moe.tiles import Few, Grouped, Many, One, Sizes, Tile
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A launch whose grid and numbers are known; ``kernel`` is by key."""
-
-    kernel: Key
-    grid: tuple[int, int, int]
-    args: tuple[Any, ...]
-    persistent: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,7 +94,7 @@ class MoETactic:
 
     # what is launched
 
-    def _plan(self, way: One | Few | Many | Grouped, tokens: int) -> tuple[list[_Step], int]:
+    def _plan(self, way: One | Few | Many | Grouped, tokens: int) -> tuple[list[Step], int]:
         arena, sizes = Arena(), self.sizes
         assignments = tokens * sizes.top_k
         chosen, weights = arena.take(4 * assignments), arena.take(4 * assignments)
@@ -112,7 +102,7 @@ class MoETactic:
         blocks = -(-tokens // block)
         counts = arena.take(4 * blocks * self._made.local_block)
         route_args = (Input(0), Input(1), Input(4), chosen, weights, counts, tokens)
-        steps = [_Step(("route", block), (blocks, 1, 1), route_args)]
+        steps = [Step(("route", block), (blocks, 1, 1), route_args)]
         if isinstance(way, One):
             steps += self._one_steps(way, arena, chosen, weights)
         elif isinstance(way, Few):
@@ -123,17 +113,17 @@ class MoETactic:
             steps += self._many_steps(way, arena, chosen, weights, counts, tokens)
         return steps, arena.size
 
-    def _one_steps(self, one: One, arena: Arena, chosen: Workspace, weights: Workspace) -> list[_Step]:
+    def _one_steps(self, one: One, arena: Arena, chosen: Workspace, weights: Workspace) -> list[Step]:
         sizes = self.sizes
         inner = arena.take(2 * sizes.top_k * sizes.intermediate)
         up_grid = (sizes.top_k, -(-sizes.intermediate // one.up_rows), 1)
         down_grid = (-(-sizes.hidden // one.down_rows), 1, 1)
         return [
-            _Step(("one_up",), up_grid, (Input(0), Input(2), chosen, inner)),
-            _Step(("one_down",), down_grid, (inner, Input(3), chosen, weights, Output(0))),
+            Step(("one_up",), up_grid, (Input(0), Input(2), chosen, inner)),
+            Step(("one_down",), down_grid, (inner, Input(3), chosen, weights, Output(0))),
         ]
 
-    def _few_steps(self, few: Few, arena: Arena, chosen: Workspace, weights: Workspace, tokens: int) -> list[_Step]:
+    def _few_steps(self, few: Few, arena: Arena, chosen: Workspace, weights: Workspace, tokens: int) -> list[Step]:
         sizes = self.sizes
         hit = min(sizes.local, tokens * sizes.top_k)
         inner = arena.take(2 * sizes.local * tokens * sizes.intermediate)
@@ -141,9 +131,9 @@ class MoETactic:
         up_grid = (-(-sizes.intermediate // few.rows), hit, 1)
         down_grid = (-(-sizes.hidden // few.rows), hit, few.parts)
         return [
-            _Step(("few_up", few), up_grid, (Input(0), Input(2), chosen, inner, tokens)),
-            _Step(("few_down", few), down_grid, (inner, Input(3), chosen, results, tokens)),
-            _Step(
+            Step(("few_up", few), up_grid, (Input(0), Input(2), chosen, inner, tokens)),
+            Step(("few_down", few), down_grid, (inner, Input(3), chosen, results, tokens)),
+            Step(
                 ("few_combine",),
                 (tokens, -(-sizes.hidden // COMBINED_COLUMNS), 1),
                 (results, chosen, weights, Output(0), tokens, few.parts, sizes.local * tokens),
@@ -152,7 +142,7 @@ class MoETactic:
 
     def _many_steps(
         self, many: Many, arena: Arena, chosen: Workspace, weights: Workspace, counts: Workspace, tokens: int
-    ) -> list[_Step]:
+    ) -> list[Step]:
         sizes = self.sizes
         routed = tokens * sizes.top_k
         row_tiles = -(-routed // many.rows) + sizes.local
@@ -169,10 +159,10 @@ class MoETactic:
         down_programs = min(many.down.programs * self.processors, 8 * row_tiles * column_tiles)
         extra = arena.take(4 * down_programs * many.rows * many.down.outputs)
         return [
-            _Step(("place", many.rows), (blocks, -(-sizes.hidden // MOVED_COLUMNS), 1), place_args),
-            _Step(("many_up", many), (up_programs, 1, 1), (sorted_x, Input(2), totals, inner, rows)),
-            _Step(("many_down", many), (down_programs, 1, 1), (inner, Input(3), totals, results, extra, rows)),
-            _Step(
+            Step(("place", many.rows), (blocks, -(-sizes.hidden // MOVED_COLUMNS), 1), place_args),
+            Step(("many_up", many), (up_programs, 1, 1), (sorted_x, Input(2), totals, inner, rows)),
+            Step(("many_down", many), (down_programs, 1, 1), (inner, Input(3), totals, results, extra, rows)),
+            Step(
                 ("many_combine", many),
                 (tokens, -(-sizes.hidden // COMBINED_COLUMNS), 1),
                 (results, extra, totals, places, weights, Output(0), down_programs),
@@ -181,7 +171,7 @@ class MoETactic:
 
     def _grouped_steps(
         self, arena: Arena, chosen: Workspace, weights: Workspace, counts: Workspace, tokens: int
-    ) -> list[_Step]:
+    ) -> list[Step]:
         sizes = self.sizes
         hidden, intermediate, local = sizes.hidden, sizes.intermediate, sizes.local
         rows = tokens * sizes.top_k
@@ -197,14 +187,14 @@ class MoETactic:
         down_rows = TensorMap(inner, self.dtype, (rows, intermediate), (intermediate,), (32, 64))
         programs = (self.processors, 1, 1)
         return [
-            _Step(
+            Step(
                 ("place", 1),
                 (blocks, -(-hidden // MOVED_COLUMNS), 1),
                 (Input(0), chosen, counts, places, totals, sorted_x, tokens, blocks),
             ),
-            _Step(("grouped_up",), programs, (gate_up, up_rows, totals, inner), True),
-            _Step(("grouped_down",), programs, (down, down_rows, totals, results), True),
-            _Step(
+            Step(("grouped_up",), programs, (gate_up, up_rows, totals, inner), True),
+            Step(("grouped_down",), programs, (down, down_rows, totals, results), True),
+            Step(
                 ("sorted_combine",),
                 (tokens, -(-hidden // COMBINED_COLUMNS), 1),
                 (results, places, weights, Output(0)),
