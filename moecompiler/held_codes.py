@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from moecompiler.errors import UserError
+from moecompiler.quantization.encodings import E4M3
 from moecompiler.quantization.schemes import Granularity, QuantizedTensor, WeightScheme
 from moecompiler.weights import NUMPY_DTYPES, Piece, Recipe, Shape, TensorReader
 
@@ -37,17 +38,19 @@ def held_codes(source: Recipe, scheme: WeightScheme, reader: TensorReader) -> Qu
     for name, has in held.items():
         if has != scheme:
             raise UserError(f"{name}: is {has or 'not quantized'} in the checkpoint, and {scheme} is wanted")
-    if scheme.granularity is Granularity.TENSOR or scheme.two_level:
-        raise ValueError(f"graphs have no op for {scheme}")
     if sum(prod(piece.extent) for piece in source.pieces) != prod(source.shape):
         raise ValueError("boxes of codes do not fill the weight")
-    lead, scales_shape = source.shape[:-2], scheme.scale_shape(source.shape)
+    # a scale per matrix becomes one for each of its rows: the weight may be of rows of several
+    by_row = scheme.granularity is Granularity.TENSOR
+    made_scheme = WeightScheme(scheme.format, Granularity.CHANNEL) if by_row else scheme
+    lead, scales_shape = source.shape[:-2], made_scheme.scale_shape(source.shape)
     made = QuantizedTensor(
-        scheme,
+        made_scheme,
         np.empty(source.shape, scheme.format.dtype),
-        np.empty(scales_shape, NUMPY_DTYPES[source.dtype]),
+        np.empty(scales_shape, E4M3 if scheme.two_level else NUMPY_DTYPES[source.dtype]),
         None if scheme.symmetric else np.empty(scales_shape, np.uint8),
-        order=np.full((*lead, source.shape[-1]), -1, np.int64) if scheme.act_order else None,
+        np.empty(source.shape[:-1], np.float32) if scheme.two_level else None,
+        np.full((*lead, source.shape[-1]), -1, np.int64) if scheme.act_order else None,
     )
     for piece in source.pieces:
         _put(made, piece, reader.read_codes(piece.source, piece.start, piece.shape))
@@ -69,6 +72,8 @@ def _put(made: QuantizedTensor, piece: Piece, part: QuantizedTensor) -> None:
         made.scales[within] = part.scales
     if not np.isfinite(made.scales[within].astype(np.float32)).all():
         raise OverflowError(f"{piece.source}: holds scales beyond {made.scales.dtype}'s range; use --dtype bfloat16")
+    if made.global_scale is not None:
+        made.global_scale[(*lead, rows)] = part.global_scale
     if made.zero_points is not None:
         made.zero_points[within] = part.zero_points
     if made.order is not None and part.order is not None:

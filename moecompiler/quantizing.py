@@ -14,7 +14,7 @@ import numpy as np
 from moecompiler.errors import UserError
 from moecompiler.quantization.arithmetic import quantize
 from moecompiler.quantization.encodings import E4M3
-from moecompiler.quantization.schemes import QuantizedTensor, WeightScheme
+from moecompiler.quantization.schemes import Granularity, QuantizedTensor, WeightScheme
 from moecompiler.weights import Piece, Recipe, TensorReader, materialize
 
 _THREADS = 4  # numpy lets them calculate at the same time; with fewer cores they take turns
@@ -29,7 +29,12 @@ def quantize_boxes(source: Recipe, scheme: WeightScheme, reader: TensorReader) -
     """
     weight = materialize(source, reader)
     try:
-        made = _by_box(weight, source, scheme) if scheme.two_level else quantize(weight, scheme, source.dtype, _THREADS)
+        if scheme.two_level:
+            made = _by_box(weight, source, scheme)
+        elif scheme.granularity is Granularity.TENSOR:
+            made = _scales_by_row(weight, source, scheme)
+        else:
+            made = quantize(weight, scheme, source.dtype, _THREADS)
     except ValueError as error:
         first, *others = sorted(source.sources)
         names = f"{first}, or {others[-1]}" if others else first
@@ -46,6 +51,15 @@ def _by_box(weight: np.ndarray, source: Recipe, scheme: WeightScheme) -> Quantiz
         assert part.global_scale is not None
         codes[rows], scales[rows], global_scale[rows] = part.codes, part.scales, part.global_scale[..., None]
     return QuantizedTensor(scheme, codes, scales, global_scale=global_scale)
+
+
+def _scales_by_row(weight: np.ndarray, source: Recipe, scheme: WeightScheme) -> QuantizedTensor:
+    """A scale per matrix, repeated for each of its rows: such a tensor may hold rows of several."""
+    codes, scales = np.empty(weight.shape, scheme.format.dtype), np.empty(weight.shape[:-1], weight.dtype)
+    for rows in _boxes(source):
+        part = quantize(weight[rows], scheme, source.dtype, _THREADS)
+        codes[rows], scales[rows] = part.codes, part.scales[..., None]
+    return QuantizedTensor(WeightScheme(scheme.format, Granularity.CHANNEL), codes, scales)
 
 
 def _boxes(source: Recipe) -> list[tuple[slice, ...]]:

@@ -107,7 +107,7 @@ class Recipe:
     dtype: str
     shape: Shape
     pieces: tuple[Piece, ...] = ()
-    values: tuple[int, ...] | None = None
+    values: tuple[int | float, ...] | None = None
     quantized: Quantized | None = None
 
     @property

@@ -16,10 +16,12 @@ from moecompiler.graph import DOMAIN, module_of, node_name, weight_tensor
 from moecompiler.ops import OpSpec
 from moecompiler.passes.pattern import producer_of
 from moecompiler.passes.rewiring import position_of
+from moecompiler.passes.static_scales import input_scales, without_scale
 from moecompiler.pipeline import Missed, Rewrite
 from moecompiler.plugins.quantized.dequantize import Form, dequantize_spec, form_of, forms
 from moecompiler.plugins.quantized.linear import linear_spec
 from moecompiler.plugins.quantized.moe import quantized_moe_spec
+from moecompiler.plugins.quantized.rounding import round_by_expert_spec
 from moecompiler.quantization.as_json import recipe_to_json
 from moecompiler.quantization.recipe import QuantizationRecipe
 from moecompiler.quantization.schemes import WeightScheme
@@ -45,6 +47,7 @@ class _Found:
     weights: tuple[_Weight, ...]
     scheme: WeightScheme
     form: Form
+    plan: QuantizationRecipe
 
 
 class QuantizeWeights:
@@ -74,7 +77,7 @@ class QuantizeWeights:
                 return quantized_moe_spec(
                     NormalizationMode(node.attrs["normalization_mode"]), node.attrs["top_k"], form
                 )
-            for spec in (linear_spec(form), dequantize_spec(form)):
+            for spec in (linear_spec(form), dequantize_spec(form), round_by_expert_spec()):
                 if node.op == spec.name:
                     return spec
         return None
@@ -124,7 +127,9 @@ class QuantizeWeights:
             return f"there is no op for weights that are {scheme}"
         for each in held:
             scheme.scale_shape(each.recipe.shape, each.name)
-        return _Found(node, held, scheme, form)
+            if form.rounds_inputs and (name := without_scale(each.recipe, self.recipe)) is not None:
+                return f"there is no static scale of what {name} is multiplied with"
+        return _Found(node, held, scheme, form, self.recipe)
 
 
 def _weights_of(node: gs.Node, weights: dict[str, Recipe]) -> tuple[_Weight, ...] | str:
@@ -151,17 +156,20 @@ def _weights_of(node: gs.Node, weights: dict[str, Recipe]) -> tuple[_Weight, ...
 def _replace(found: _Found, graph: gs.Graph, weights: dict[str, Recipe], made: _Made) -> str:
     node, form = found.node, found.form
     parts = [_parts(each, found, weights, made) for each in found.weights]
+    scales = [input_scales(each.name, each.recipe, found.plan, weights) for each in found.weights if form.rounds_inputs]
     attributes = {"block_size": found.scheme.block_size} if form.attributes else {}
     number = node.name.rpartition("_")[2]
     if node.op == "MoE":
         mode, top_k = NormalizationMode(node.attrs["normalization_mode"]), node.attrs["top_k"]
         spec = quantized_moe_spec(mode, top_k, form)
         x, router, *_, expert_ids = node.inputs
-        inputs = [x, router, *(tensor for each in parts for tensor in each), expert_ids]
+        inputs = [x, router, *(tensor for each in parts for tensor in each), *scales, expert_ids]
         _put(spec, number, node, inputs, {**attributes, **node.attrs}, graph)
     elif len(found.weights[0].recipe.shape) == 2:
-        _put(linear_spec(form), number, node, [node.inputs[0], *parts[0]], attributes, graph)
+        _put(linear_spec(form), number, node, [node.inputs[0], *parts[0], *scales], attributes, graph)
     else:
+        for each in scales:
+            _round_before(node, each, number, graph)
         _dequantize_before(found, parts[0], number, attributes, graph)
     return f"quantized {', '.join(each.name for each in found.weights)}: {found.scheme}"
 
@@ -179,6 +187,15 @@ def _put(
     node.outputs.clear()
     name = node_name(module_of(node.name), f"{spec.name}_{number}")
     graph.nodes[position_of(node, graph)] = spec.node(name, inputs, outputs, attributes)
+
+
+def _round_before(node: gs.Node, scales: gs.Constant, number: str, graph: gs.Graph) -> None:
+    """What the product multiplies, as its codes have it, for each expert by a scale of its own."""
+    spec, x = round_by_expert_spec(), node.inputs[0]
+    y = gs.Variable(f"{node.name}/rounded_input", x.dtype)
+    name = node_name(module_of(node.name), f"{spec.name}_{number}")
+    graph.nodes.insert(position_of(node, graph), spec.node(name, [x, scales], [y], {}))
+    node.inputs[0] = y
 
 
 def _dequantize_before(
