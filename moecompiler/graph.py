@@ -104,9 +104,9 @@ def point_weights_at(program: Program, location: str) -> Program:
 
 
 def floating_type(program: Program) -> str:
-    """The floating-point type of a rank's graph: that of its KV cache."""
+    """The floating-point type of a rank's graph: that of its KV cache; where that holds codes, of its result."""
     names = {ONNX_DTYPES[name]: name for name in FLOATS}
-    types = (value.type.tensor_type.elem_type for value in program.model.graph.input)
+    types = (value.type.tensor_type.elem_type for value in (*program.model.graph.input, *program.model.graph.output))
     return next((names[each] for each in types if each in names), "float32")
 
 

@@ -14,6 +14,7 @@ from moecompiler.passes.fuse_grouped_moe import FuseGroupedMoE
 from moecompiler.passes.fuse_moe import FuseMoE
 from moecompiler.passes.fuse_rms_norm import FuseRMSNorm
 from moecompiler.passes.merge_qkv import MergeQKV
+from moecompiler.passes.quantize_cache import QuantizeCache
 from moecompiler.passes.quantize_weights import QuantizeWeights
 from moecompiler.passes.restore import Restore
 from moecompiler.passes.standard_ops import StandardOps
@@ -45,19 +46,29 @@ def named_pipelines(quantization: QuantizationRecipe | None = None) -> dict[str,
         MergeQKV(),
     )
     plugins: tuple[Pass, ...] = (*tidy, CommonSubexpressions(), *fuse)
-    plain: tuple[Pass, ...] = ()
-    if quantization is not None:
-        plugins = (*plugins, QuantizeWeights(quantization))
-        plain = (QuantizeWeights(quantization), Restore())  # no op of ours is left
+    quantize, fused_first = _quantizing(quantization)
+    plugins = (*plugins, *quantize)
+    attention: tuple[Pass, ...] = (FuseAttention(),) if fused_first else ()
+    plain = (*attention, *quantize, Restore()) if quantize else ()  # no op of ours is left
     standard = (*plugins, StandardOps())
     return {
-        DEBUG: plain,
+        DEBUG: (*tidy, *plain) if fused_first else plain,
         OOTB: (*tidy, *plain),
         PLUGINS: plugins,
         "onnxruntime": standard,
         "tensorrt": plugins,
         "tensorrt-rtx": standard,
     }
+
+
+def _quantizing(quantization: QuantizationRecipe | None) -> tuple[tuple[Pass, ...], bool]:
+    """The passes that quantize, and whether attention has to be fused for them: its arithmetic is to be FP8 too."""
+    if quantization is None:
+        return (), False
+    weights: tuple[Pass, ...] = (QuantizeWeights(quantization),) if quantization.rules else ()
+    if quantization.cache is None:
+        return weights, False
+    return (*weights, QuantizeCache(quantization.cache)), quantization.cache.fp8_context
 
 
 def default_pipeline(backend: str) -> str:
@@ -67,5 +78,6 @@ def default_pipeline(backend: str) -> str:
 
 def passes_by_name(quantization: QuantizationRecipe | None = None) -> dict[str, Pass]:
     """The passes that come with this package: those of the pipelines, and those that stand in none."""
-    others: tuple[Pass, ...] = (QuantizeWeights(quantization), Restore())
+    cache = None if quantization is None else quantization.cache
+    others: tuple[Pass, ...] = (QuantizeWeights(quantization), QuantizeCache(cache), Restore())
     return {step.name: step for steps in (*named_pipelines().values(), others) for step in steps}

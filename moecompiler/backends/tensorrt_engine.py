@@ -21,6 +21,7 @@ TENSOR_TYPES = {
     trt.DataType.HALF: NUMPY_DTYPES["float16"],
     trt.DataType.BF16: NUMPY_DTYPES["bfloat16"],
     trt.DataType.INT64: NUMPY_DTYPES["int64"],
+    trt.DataType.INT8: NUMPY_DTYPES["int8"],
 }
 CACHE = "past_key_values."
 _MAIN_INPUTS = ("input_ids", "hidden_states")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from moecompiler.quantization.cache import CacheQuantization
 from moecompiler.quantization.recipe import QuantizationRecipe, Rule
 from moecompiler.quantization.schemes import Format, Granularity, WeightScheme
 
@@ -28,7 +29,8 @@ def recipe_to_json(recipe: QuantizationRecipe) -> dict[str, Any]:
         for rule in recipe.rules
     ]
     scales = {"input_scales": dict(recipe.input_scales)} if recipe.input_scales else {}
-    return {"rules": rules, **scales}
+    cache = {"cache": recipe.cache.to_json()} if recipe.cache is not None else {}
+    return {"rules": rules, **scales, **cache}
 
 
 def recipe_from_json(data: dict[str, Any]) -> QuantizationRecipe:
@@ -37,4 +39,5 @@ def recipe_from_json(data: dict[str, Any]) -> QuantizationRecipe:
     return QuantizationRecipe(
         tuple(Rule(match, None if scheme is None else scheme_from_json(scheme)) for match, scheme in rules),
         tuple(data.get("input_scales", {}).items()),
+        CacheQuantization.from_json(data["cache"]) if "cache" in data else None,
     )

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from moecompiler.errors import UserError
+from moecompiler.quantization.cache import CacheQuantization
 from moecompiler.quantization.schemes import FP8, INT8, NVFP4, WeightScheme, int4
 
 DEFAULT_GROUP = 128
@@ -41,10 +42,11 @@ class Rule:
 @dataclass(frozen=True)
 class QuantizationRecipe:
     """Rules, the first that matches first. ``input_scales``: by name of the weight, the static scale of what meets it, for those
-    that are FP8."""
+    that are FP8. ``cache``: how keys and values are held; ``None``: as floats."""
 
     rules: tuple[Rule, ...]
     input_scales: tuple[tuple[str, float], ...] = ()
+    cache: CacheQuantization | None = None
 
     def scheme_of(self, name: str) -> WeightScheme | None:
         """How the weight called ``name`` is quantized; ``None``: not at all."""
@@ -60,7 +62,7 @@ class QuantizationRecipe:
 
     def overridden(self, by: QuantizationRecipe) -> QuantizationRecipe:
         """These rules, after those of ``by``, and these scales, where ``by`` has no others."""
-        return QuantizationRecipe(by.rules + self.rules, tuple((self._scales | by._scales).items()))
+        return QuantizationRecipe(by.rules + self.rules, tuple((self._scales | by._scales).items()), by.cache or self.cache)
 
 
 def default_recipe(scheme: WeightScheme) -> QuantizationRecipe:
