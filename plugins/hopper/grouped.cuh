@@ -1,7 +1,7 @@
-// What persistent products of grouped rows share: experts' weights are the left operand and the tokens the right one, whose width
-// may be any multiple of 16: an expert's rows are cut into equal tiles of at most WIDEST, and little is computed in vain whatever
-// their number. One warp fetches weights by the copy engine and one tokens, each into a ring of its own, so that neither waits for
-// the other's stages. Two warpgroups multiply 64 rows of weights each. Tiles of wide experts come first.
+// What persistent products of grouped rows share: experts' weights are the left operand and the tokens the right one, whose
+// width may be any multiple of 16: an expert's rows are cut into equal tiles of at most WIDEST, and little is computed in vain
+// whatever their number. One warp fetches weights by the copy engine and one tokens, each into a ring of its own, so that neither
+// waits for the other's stages. Two warpgroups multiply 64 rows of weights each. Tiles of wide experts come first.
 //
 // Before it: LOCAL, HIDDEN, constants COLUMNS of a step, which take 128 bytes, and WIDEST, at most 288.
 #pragma once
@@ -104,8 +104,8 @@ __forceinline__ void plan(Experts& experts, const int* totals, int column_tiles)
 
 __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
-// Of each row of weights the product with the tile's tokens from `first` on, to `results [rows, HIDDEN]`. `scale` is of a thread's
-// row, `scale_below` of the one 8 rows below.
+// Of each row of weights the product with the tile's tokens from `first` on, to `results [rows, HIDDEN]`. `scale` is of a
+// thread's row, `scale_below` of the one 8 rows below.
 template <int N>
 __forceinline__ void write_down(float (&d)[N / 2], int first, uint32_t out, uint16_t* results, const Tile& tile, float scale,
                                 float scale_below, int group, int thread) {

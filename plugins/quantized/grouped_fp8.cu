@@ -175,7 +175,7 @@ constexpr int steps(int columns) { return (columns + COLUMNS - 1) / COLUMNS; }
 constexpr int tiles(int rows, int of_one) { return (rows + of_one - 1) / of_one; }
 
 #ifdef COMPILE_grouped_fp8_up
-// `sorted_x [R, H]`, `gate_up [L, 2F, H]` → `inner [R, F]`: silu(gate) * up divided by `output_scales [L]`; all three are codes.
+// `sorted_x [R, H]`, `gate_up [L, 2F, H]` → `inner [R, F]`: silu(gate) * up divided by `output_scales [L]`; all are codes.
 // `scales [L * 2F]` of the weights, `input_scales [L]` of sorted_x. `totals [L]`: rows per expert, which lie one expert's behind
 // the other's.
 extern "C" __global__ void __launch_bounds__(384, 1)
