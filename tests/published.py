@@ -44,6 +44,15 @@ def _packed(**weights: Any) -> dict[str, Any]:
     return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}}
 
 
+_FP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
+_NVFP4_PACKED = {
+    "quant_method": "compressed-tensors",
+    "format": "nvfp4-pack-quantized",
+    "config_groups": {
+        "group_0": {"targets": ["Linear"], "weights": _FP4, "input_activations": _FP4 | {"dynamic": "local"}}
+    },
+}
+
 KINDS = {
     "awq": Kind(
         "awq",
@@ -59,12 +68,13 @@ KINDS = {
     "compressed-tensors-rows": Kind(
         "packed", int4(None, symmetric=False), _packed(strategy="channel", symmetric=False)
     ),
+    "modelopt-nvfp4": Kind("nvfp4", NVFP4, {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}),
+    "compressed-tensors-nvfp4": Kind("packed_nvfp4", NVFP4, _NVFP4_PACKED),
 }
 
 # what engines hold as floats so far
 FLOAT_KINDS = {
     "modelopt-fp8": Kind("fp8", FP8, {"quant_method": "modelopt", "quant_algo": "FP8"}),
-    "modelopt-nvfp4": Kind("nvfp4", NVFP4, {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}),
 }
 
 
@@ -85,6 +95,8 @@ def save_published(
             # what is joined has one order: queries, keys and values, and gate and up
             joined = linear.replace(".w3", ".w1").replace(".k_proj", ".q_proj").replace(".v_proj", ".q_proj")
             tensor = _quantized(stored.pop(f"{linear}.weight"), kind, [seed, *joined.encode()])
+            if kind.layout == "packed_nvfp4" and tensor.global_scale is not None:  # its reciprocal is what is stored
+                tensor = replace(tensor, global_scale=np.float32(1) / (np.float32(1) / tensor.global_scale))
             wide = tensor if kind.scheme.two_level else replace(tensor, scales=tensor.scales.astype(np.float32))
             weights[f"{linear}.weight"] = dequantize(wide)
             stored |= {f"{linear}.{suffix}": array for suffix, array in PACK[kind.layout](tensor).items()}
@@ -170,4 +182,22 @@ def _pack_nvfp4(tensor: QuantizedTensor) -> Arrays:
     return {"weight": pack_bytes(tensor.codes), "input_scale": np.array(0.5, np.float32), **scales}
 
 
-PACK = {"awq": _pack_awq, "gptq": _pack_gptq, "packed": _pack_packed, "fp8": _pack_fp8, "nvfp4": _pack_nvfp4}
+def _pack_packed_nvfp4(tensor: QuantizedTensor) -> Arrays:
+    stored = _pack_nvfp4(tensor)
+    divisor = np.float32(1) / stored["weight_scale_2"]
+    return {
+        "weight_packed": stored["weight"],
+        "weight_scale": stored["weight_scale"],
+        "weight_global_scale": np.reshape(divisor, 1),
+        "input_global_scale": np.array([2], np.float32),
+    }
+
+
+PACK = {
+    "awq": _pack_awq,
+    "gptq": _pack_gptq,
+    "packed": _pack_packed,
+    "fp8": _pack_fp8,
+    "nvfp4": _pack_nvfp4,
+    "packed_nvfp4": _pack_packed_nvfp4,
+}

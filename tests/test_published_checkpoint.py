@@ -66,7 +66,7 @@ def test_codes_of_boxes(saved: Callable[[str], tuple[Path, Arrays]], kind: str) 
     part = source.read_codes(W1, start, size)
     assert part.scales.shape == scheme.scale_shape(size)
     exact = weights[W1][tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))].astype(np.float16)
-    np.testing.assert_array_equal(dequantize(part), exact)
+    np.testing.assert_array_equal(dequantize(part, "float16"), exact)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,8 @@ CASES = [
     ("gptq-act-order", "one-rank", "plugins", {"LinearInt4Ordered", "MoEInt4Ordered"}),
     ("gptq-act-order-asymmetric", "one-rank", "ootb", {"DequantizeLinear", "GatherND"}),
     ("compressed-tensors", "ep2", "plugins", {"LinearInt4", "MoEInt4"}),
+    ("modelopt-nvfp4", "tp2", "plugins", {"LinearNvfp4", "MoENvfp4"}),
+    ("compressed-tensors-nvfp4", "ep2", "ootb", {"DequantizeLinear", "Gather"}),
     ("compressed-tensors-rows", "tp2", "plugins", {"LinearInt4AsymmetricRows", "MoEInt4AsymmetricRows"}),
 ]
 
@@ -50,7 +52,7 @@ def test_logits(
     subject = Subject(config, ArrayReader(weights), None)
     short = replace(passage, decode_steps=2)
     expected = run_ranks(torch_sessions(subject, GRID["one-rank"], FLOAT32), GRID["one-rank"], short)
-    recipe = recipe_from_json(source.identity()["quantization"]["rules"])
+    recipe = recipe_from_json(source.identity()["quantization"])
     steps, ranks = named_pipelines(recipe)[pipeline], GRID[mapping]
     made = [run_passes(steps, programs.exported(config, ranks, r, FLOAT32))[0] for r in range(ranks.world_size)]
     assert ops <= {node.op_type for program in made for node in program.model.graph.node}

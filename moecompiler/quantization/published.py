@@ -12,7 +12,7 @@ from moecompiler.config import ModelConfig
 from moecompiler.errors import UserError
 from moecompiler.mapping import Mapping as RankMapping
 from moecompiler.quantization.encodings import widen
-from moecompiler.quantization.published_config import PublishedConfig
+from moecompiler.quantization.published_config import Layout, PublishedConfig
 from moecompiler.quantization.published_layouts import READERS, Taker, Tensors, tensors_of
 from moecompiler.quantization.recipe import QuantizationRecipe, Rule, default_recipe
 from moecompiler.quantization.schemes import Format, QuantizedTensor
@@ -89,10 +89,12 @@ def read_linear(config: PublishedConfig, tensors: Tensors, linear: str, shape: S
     weight = READERS[config.layout](config, take)
     _check_scales(f"{linear}: its scales", weight.scales)
     if weight.global_scale is not None:
-        _check_scales(f"{linear}.weight_scale_2", weight.global_scale)
+        suffix = "weight_global_scale" if config.layout is Layout.CT_NVFP4 else "weight_scale_2"
+        _check_scales(f"{linear}.{suffix}", weight.global_scale)
     if weight.scheme.format is Format.E4M3 and ((weight.codes.view(np.uint8) & 0x7F) == 0x7F).any():
         raise UserError(f"{linear}.weight: holds NaN; the checkpoint is broken")
-    return PublishedLinear(weight, _scalar(take, "input_scale") if config.activations == "static" else None)
+    static = config.activations == "static" and config.layout is not Layout.CT_NVFP4  # whose are no scales of 8 bits
+    return PublishedLinear(weight, _scalar(take, "input_scale") if static else None)
 
 
 def read_kv_scales(tensors: Tensors, attention: str) -> tuple[float, float] | None:

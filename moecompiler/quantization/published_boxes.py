@@ -66,6 +66,12 @@ _TENSORS: dict[Layout, dict[str, Stored]] = {
         "weight_scale_2": _NUMBER,
         "input_scale": _NUMBER,
     },
+    Layout.CT_NVFP4: {
+        "weight_packed": Stored((_OUT, (Axis.IN, 2)), (np.dtype(np.uint8),)),
+        "weight_scale": Stored((_OUT, _GROUPS), (E4M3,)),
+        "weight_global_scale": _NUMBER,
+        "input_global_scale": _NUMBER,
+    },
 }
 _GROUP_INDICES = ("g_idx", "weight_g_idx")
 

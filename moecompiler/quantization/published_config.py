@@ -33,6 +33,7 @@ class Layout(StrEnum):
     CT_FP8 = "float-quantized"
     MODELOPT_FP8 = "FP8"
     MODELOPT_NVFP4 = "NVFP4"
+    CT_NVFP4 = "nvfp4-pack-quantized"
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,13 @@ class PublishedConfig:
 
     @property
     def described(self) -> str:
-        """Bits of weights and of the activations that meet them, as NVIDIA writes it, and who made it: ``W4A16 (awq)``."""
+        """Bits of weights and of the activations that meet them, as NVIDIA writes it, and who made it: ``W4A16 (awq)``. NVFP4's
+        activations are not quantized here, whatever it was made for: ``W4A16 (modelopt, made for W4A4)``."""
         bits = self.scheme.format.bits
-        return f"W{bits}A{bits if self.activations else 16} ({self.method})"
+        made_for = f"W{bits}A{bits if self.activations else 16}"
+        if self.scheme.two_level and self.activations:
+            return f"W{bits}A16 ({self.method}, made for {made_for})"
+        return f"{made_for} ({self.method})"
 
 
 def load_published_config(model_dir: Path) -> PublishedConfig | None:
@@ -150,10 +155,15 @@ def _compressed_tensors(data: Mapping[str, Any], where: str) -> PublishedConfig:
         scheme = int4(size, symmetric=_first(weights, ("symmetric",), bool, where_weights, True))
     elif form == Layout.CT_FP8 and (kind, bits) == ("float", 8) and strategy in ("tensor", "channel"):
         scheme = WeightScheme(Format.E4M3, Granularity(strategy))
+    elif form == Layout.CT_NVFP4 and (kind, bits, strategy) == ("float", 4, "tensor_group"):
+        scheme = NVFP4
+        if weights.get("group_size") != NVFP4_BLOCK:
+            raise UserError(f"{where_weights}: group_size is {weights.get('group_size')!r}; NVFP4 has {NVFP4_BLOCK}")
     else:
         raise UserError(
             f"{where_weights}: {bits}-bit {kind} by {strategy}, stored as {form!r}; supported are 4-bit int by group or channel"
-            " stored as 'pack-quantized', and 8-bit float by tensor or channel stored as 'float-quantized'"
+            " stored as 'pack-quantized', 8-bit float by tensor or channel stored as 'float-quantized', and 4-bit float by"
+            " tensor_group stored as 'nvfp4-pack-quantized'"
         )
     # the group order of 2025 and before: true, "group" or "dynamic"; "weight" and "static" leave features in their places
     act_order = weights.get("actorder") in (True, "group", "dynamic") and scheme.block_size is not None
@@ -162,7 +172,7 @@ def _compressed_tensors(data: Mapping[str, Any], where: str) -> PublishedConfig:
         Layout(form),
         scheme,
         act_order,
-        _activations(group.get("input_activations"), f"{where}: {name}.input_activations"),
+        _activations(group.get("input_activations"), scheme, f"{where}: {name}.input_activations"),
         _kv_cache(data.get("kv_cache_scheme"), f"{where}: kv_cache_scheme"),
     )
 
@@ -178,11 +188,16 @@ def _weights_of(group: Any, where: str) -> dict[str, Any]:
     }
 
 
-def _activations(scheme: Any, where: str) -> str | None:
+def _activations(scheme: Any, weights: WeightScheme, where: str) -> str | None:
     if not scheme:
         return None
-    if not isinstance(scheme, dict) or (scheme.get("type"), scheme.get("num_bits")) != ("float", 8):
-        raise UserError(f"{where}: is {_short(scheme)}; activations of 8-bit float, or none quantized, are supported")
+    bits = 4 if weights.two_level else 8
+    if not isinstance(scheme, dict) or (scheme.get("type"), scheme.get("num_bits")) != ("float", bits):
+        raise UserError(
+            f"{where}: is {_short(scheme)}; activations of {bits}-bit float, or none quantized, are supported"
+        )
+    if scheme.get("dynamic") == "local":  # blocks' scales are found as it runs, the global one is stored
+        return "static"
     return "dynamic" if scheme.get("dynamic") else "static"
 
 

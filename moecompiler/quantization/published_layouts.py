@@ -20,6 +20,10 @@ input features to a word; ``weight_scale`` ``[out, in / g]``; where asymmetric, 
 
 ``NVFP4`` (ModelOpt, ``torch/quantization/qtensor/nvfp4_tensor.py``): ``weight`` uint8 ``[out, in / 2]``, two input features to a
 byte; ``weight_scale`` E4M3 ``[out, in / 16]``; ``weight_scale_2`` float32 ``[]``, the global scale; ``input_scale``.
+
+``nvfp4-pack-quantized`` (compressed-tensors, ``compressors/nvfp4``): ``weight_packed`` and ``weight_scale`` as those two;
+``weight_global_scale`` float32 ``[1]``, by which block scales are divided: its reciprocal is the global scale, and their product
+differs from the quotient in a float32's last bit at most; ``input_global_scale`` ``[1]`` where activations were quantized.
 """
 
 from __future__ import annotations
@@ -50,6 +54,7 @@ _REQUIRED: dict[Layout, tuple[str, ...]] = {
     Layout.CT_FP8: ("weight", "weight_scale"),
     Layout.MODELOPT_FP8: ("weight", "weight_scale"),
     Layout.MODELOPT_NVFP4: ("weight", "weight_scale", "weight_scale_2"),
+    Layout.CT_NVFP4: ("weight_packed", "weight_scale", "weight_global_scale"),
 }
 _GROUP_OF = {Layout.GPTQ_V1: "g_idx", Layout.GPTQ_V2: "g_idx", Layout.CT_INT4: "weight_g_idx"}
 
@@ -61,7 +66,7 @@ def tensors_of(config: PublishedConfig) -> tuple[str, ...]:
         more.append("weight_zero_point")
     if config.act_order:
         more.append(_GROUP_OF[config.layout])
-    if config.activations == "static":
+    if config.activations == "static" and config.layout is not Layout.CT_NVFP4:  # whose are not read
         more.append("input_scale")
     return _REQUIRED[config.layout] + tuple(more)
 
@@ -153,10 +158,21 @@ def read_fp8(config: PublishedConfig, take: Taker) -> QuantizedTensor:
 
 
 def read_nvfp4(config: PublishedConfig, take: Taker) -> QuantizedTensor:
+    global_scale = take.one("weight_scale_2").astype(np.float32)
+    return _read_nvfp4(config, take, "weight", global_scale)
+
+
+def read_packed_nvfp4(config: PublishedConfig, take: Taker) -> QuantizedTensor:
+    divisor = take.one("weight_global_scale").astype(np.float32)
+    with np.errstate(divide="ignore"):
+        return _read_nvfp4(config, take, "weight_packed", np.float32(1) / divisor)
+
+
+def _read_nvfp4(config: PublishedConfig, take: Taker, suffix: str, global_scale: np.ndarray) -> QuantizedTensor:
     out, features = take.shape
-    codes = unpack_bytes(take("weight", (out, features // 2), (np.dtype(np.uint8),)))
+    codes = unpack_bytes(take(suffix, (out, features // 2), (np.dtype(np.uint8),)))
     scales = take("weight_scale", (out, _groups(config.scheme, features)), (E4M3,))
-    return QuantizedTensor(config.scheme, codes, scales, global_scale=take.one("weight_scale_2").astype(np.float32))
+    return QuantizedTensor(config.scheme, codes, scales, global_scale=np.asarray(global_scale))
 
 
 READERS: dict[Layout, Callable[[PublishedConfig, Taker], QuantizedTensor]] = {
@@ -167,6 +183,7 @@ READERS: dict[Layout, Callable[[PublishedConfig, Taker], QuantizedTensor]] = {
     Layout.CT_FP8: read_fp8,
     Layout.MODELOPT_FP8: read_fp8,
     Layout.MODELOPT_NVFP4: read_nvfp4,
+    Layout.CT_NVFP4: read_packed_nvfp4,
 }
 
 

@@ -44,6 +44,7 @@ CASES = {
     "compressed-tensors/int4_channel": PublishedConfig("compressed-tensors", Layout.CT_INT4, int4(None)),
     "compressed-tensors/fp8_tensor": PublishedConfig("compressed-tensors", Layout.CT_FP8, FP8),
     "compressed-tensors/fp8_channel": PublishedConfig("compressed-tensors", Layout.CT_FP8, FP8_CHANNEL),
+    "compressed-tensors/nvfp4": PublishedConfig("compressed-tensors", Layout.CT_NVFP4, NVFP4),
     "modelopt/fp8": PublishedConfig("modelopt", Layout.MODELOPT_FP8, FP8),
     "modelopt/nvfp4": PublishedConfig("modelopt", Layout.MODELOPT_NVFP4, NVFP4),
 }

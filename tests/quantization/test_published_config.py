@@ -36,6 +36,14 @@ GPTQ = {
 }
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128, "actorder": None}
 E4M3 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+E2M1 = {
+    "num_bits": 4,
+    "type": "float",
+    "symmetric": True,
+    "strategy": "tensor_group",
+    "group_size": 16,
+    "dynamic": False,
+}
 MODELOPT = {"producer": {"name": "modelopt", "version": "0.47.0"}, "quant_method": "modelopt"}
 
 
@@ -95,6 +103,11 @@ CASES: list[tuple[dict[str, Any], PublishedConfig]] = [
         modelopt("NVFP4", group_size=16, kv_cache_quant_algo="FP8"),
         PublishedConfig("modelopt", Layout.MODELOPT_NVFP4, NVFP4, activations="static", kv_cache="fp8"),
     ),
+    (
+        compressed(E2M1, "nvfp4-pack-quantized", E2M1 | {"dynamic": "local"}),
+        PublishedConfig("compressed-tensors", Layout.CT_NVFP4, NVFP4, activations="static"),
+    ),
+    (compressed(E2M1, "nvfp4-pack-quantized"), PublishedConfig("compressed-tensors", Layout.CT_NVFP4, NVFP4)),
     (  # as in config.json
         MODELOPT | {"quant_algo": "FP8", "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}},
         PublishedConfig("modelopt", Layout.MODELOPT_FP8, FP8, activations="static", kv_cache="fp8"),
@@ -138,6 +151,14 @@ def groups(*weights: dict[str, Any]) -> dict[str, Any]:
         (compressed(INT4 | {"num_bits": 8}), "8-bit int by group, stored as 'pack-quantized'; supported are"),
         (compressed(INT4, "nvfp4-pack-quantized"), "4-bit int by group, stored as 'nvfp4-pack-quantized'; supported"),
         (compressed(E4M3 | {"strategy": "block"}, "float-quantized"), "8-bit float by block"),
+        (
+            compressed(E2M1 | {"group_size": 32}, "nvfp4-pack-quantized"),
+            "group_0.weights: group_size is 32; NVFP4 has 16",
+        ),
+        (
+            compressed(E2M1, "nvfp4-pack-quantized", E4M3),
+            "activations of 4-bit float, or none quantized, are supported",
+        ),
         (compressed(INT4, inputs=INT4 | {"num_bits": 8}), "group_0.input_activations: is {"),
         (compressed(INT4, kv_cache_scheme=INT4), "kv_cache_scheme: is {"),
         (compressed(INT4) | {"config_groups": [1]}, "config_groups is [1]; it must be of type dict"),

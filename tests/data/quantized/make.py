@@ -125,7 +125,25 @@ def compressed_tensors() -> None:
         for key, value in stored.items():
             tensors[f"{name}__{key}"] = value.clone()
         tensors[f"{name}__dequantized"] = compressor.decompress(stored, scheme)["weight"]
+    tensors |= compressed_nvfp4(weight)
     save("compressed-tensors", **tensors)
+
+
+def compressed_nvfp4(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+    from compressed_tensors.quantization.quant_scheme import NVFP4A16
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    scheme = QuantizationScheme(targets=["Linear"], weights=NVFP4A16["weights"])
+    global_scale = generate_gparam(weight.float().amin().view(1), weight.float().amax().view(1))
+    blocks = weight.float().view(OUT, -1, 16)
+    scales, _ = calculate_qparams(blocks.amin(-1), blocks.amax(-1), scheme.weights, global_scale=global_scale)
+    compressor = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
+    state = {"weight": weight.float(), "weight_scale": scales, "weight_global_scale": global_scale}
+    stored = compressor.compress(state, scheme)
+    tensors = {f"nvfp4__{key}": value.clone() for key, value in stored.items()}
+    return tensors | {"nvfp4__dequantized": compressor.decompress(stored, scheme)["weight"]}
 
 
 def modelopt() -> None:
