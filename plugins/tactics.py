@@ -8,9 +8,13 @@ from typing import Any
 from moecompiler.plugins.attention import launch as attention
 from moecompiler.plugins.launch import Dims, Tactic
 from moecompiler.plugins.moe import launch as moe
+from moecompiler.plugins.quantized import moe_launch as quantized_moe
+from moecompiler.plugins.quantized.moe_node import moe_forms
 from moecompiler.plugins.rmsnorm import launch as rmsnorm
 
-_OPS = {"RMSNorm": rmsnorm, "AddRMSNorm": rmsnorm, "MoE": moe, "Attention": attention}
+_OPS = {"RMSNorm": rmsnorm, "AddRMSNorm": rmsnorm, "MoE": moe, "Attention": attention} | dict.fromkeys(
+    moe_forms(), quantized_moe
+)
 
 
 def tactics(op: str, attributes: Mapping[str, Any], dims: Dims, dtype: str, sm: int) -> tuple[Tactic, ...]:

@@ -19,8 +19,8 @@ def arrange(
     HIDDEN: tl.constexpr, HALVES: tl.constexpr, ROUNDED: tl.constexpr, SORTED: tl.constexpr, L_BLOCK: tl.constexpr,
     M: tl.constexpr, H_BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
-    """``x [T, H]`` → ``arranged``: with ``HALVES`` ``[T, H]``, even columns before odd ones; ``ROUNDED``: ``[L, T, H]``, divided by
-    each expert's scale and rounded to what E4M3 has.
+    """``x [T, H]`` → ``arranged``: with ``HALVES`` ``[T, H]``, even columns before odd ones; ``ROUNDED``: ``[L, T, H]``,
+    divided by each expert's scale and rounded to what E4M3 has.
 
     With ``SORTED``, x are rows sorted by expert, an expert's from a multiple of M on, and ``arranged`` has one row for each.
     Program (t, i, l): ``H_BLOCK`` columns of a row, for expert l."""

@@ -129,10 +129,8 @@ def row_products(
                 odd = even
             if ASYMMETRIC and not IN_TILE:  # the zero points multiply the sums of the tokens' values
                 ones = tl.full([row.shape[0], K // 2], 1.0, even.dtype)
-                if BLOCK:
-                    sums = tl.dot(ones, odd, tl.dot(ones, even))
-                else:
-                    sums = tl.dot(ones, odd, tl.dot(ones, even, sums))
+                before = tl.zeros_like(sums) if BLOCK else sums
+                sums = tl.dot(ones, odd, tl.dot(ones, even, before))
             first_total = _add_products(
                 first_total, sums, codes, scales, extra, row, there, column, even, odd,
                 IN, K, BLOCK, CODES, ASYMMETRIC, IN_TILE, FAST, NATIVE,

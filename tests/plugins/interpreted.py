@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moecompiler.plugins.launch import Argument, Input, Launch, Output, Tactic, Workspace
+from moecompiler.plugins.launch import Argument, Dims, Input, Launch, Output, Tactic, Workspace
 from moecompiler.plugins.tactics import tactics
 
 _TYPES = {
@@ -52,9 +52,11 @@ def interpret(
     inputs: Sequence[torch.Tensor],
     outputs: Sequence[torch.Tensor | int],
     tactic: Tactic | None = None,
+    dims: Dims = (),
 ) -> list[torch.Tensor]:
-    """Runs in the interpreter's process. An output is a tensor that is filled, or the index of the input it is aliased to."""
-    dims = tuple(tuple(tensor.shape) for tensor in inputs)
+    """Runs in the interpreter's process. An output is a tensor that is filled, or the index of the input it is aliased to.
+    ``dims``: the inputs' shapes as the graph has them, where those of the tensors are others."""
+    dims = dims or tuple(tuple(tensor.shape) for tensor in inputs)
     tactic = tactic or tactics(op, attributes, dims, dtype, 80)[0]
     results = [inputs[output] if isinstance(output, int) else output for output in outputs]
     # what nothing has written is not zero
@@ -88,4 +90,6 @@ def _launch(
     arguments = {
         name: value(argument, kind) for (name, kind), argument in zip(kernel.signature, launch.args, strict=True)
     }
-    function[launch.grid](**arguments, **dict(kernel.constants))
+    constants = dict(kernel.constants)
+    plain = {name: False for name in ("FAST", "NATIVE") if name in constants}  # what is PTX or the GPU's own otherwise
+    function[launch.grid](**arguments, **constants | plain)

@@ -1,0 +1,167 @@
+"""Plans of ``MoEInt8``, …: few tokens, whose experts' codes are read once, and many tokens, sorted by expert.
+
+Every tactic computes any number of tokens; they differ in tiles and in where they go from few to many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from moecompiler.plugins.launch import AnyKernel, Arena, Dims, Input, Launch, Output, Workspace, multiprocessors
+from moecompiler.plugins.moe.compiled import COMBINED_COLUMNS, MOVED_COLUMNS, ROUTED_TOKENS, Key, Step
+from moecompiler.plugins.quantized.moe_compiled import ARRANGED_COLUMNS, FewTile, ManyTile, QuantizedKernels
+from moecompiler.plugins.quantized.moe_node import QuantizedNode, Weight, node_of
+
+
+@dataclass(frozen=True)
+class QuantizedMoETactic:
+    """``ways`` are in ascending order of tokens; the last takes any number."""
+
+    name: str
+    node: QuantizedNode
+    ways: tuple[FewTile | ManyTile, ...]
+
+    @property
+    def _made(self) -> QuantizedKernels:
+        return QuantizedKernels(self.node)
+
+    @cached_property
+    def _table(self) -> dict[Key, AnyKernel]:
+        made = self._made
+        table: dict[Key, AnyKernel] = {("route", ROUTED_TOKENS): made.shared.route(ROUTED_TOKENS)}
+        if any(isinstance(way, FewTile) for way in self.ways):
+            table["route", 1] = made.shared.route(1)
+            if made.arranges:
+                table["arrange", 0] = made.arrange()
+        for way in self.ways:
+            table.update(made.few(way) if isinstance(way, FewTile) else made.many(way))
+        return table
+
+    @cached_property
+    def kernels(self) -> tuple[AnyKernel, ...]:
+        return tuple(dict.fromkeys(self._table.values()))
+
+    def workspace(self, dims: Dims) -> int:
+        tokens = dims[0][0]
+        limits = [way.tokens for way in self.ways[:-1] if way.tokens < tokens]
+        return max(self._plan(self._way(count), count)[1] for count in (tokens, *limits))
+
+    def launches(self, dims: Dims) -> tuple[Launch, ...]:
+        tokens = dims[0][0]
+        if not tokens:
+            return ()
+        steps, _ = self._plan(self._way(tokens), tokens)
+        order = {kernel: i for i, kernel in enumerate(self.kernels)}
+        overlapped = self._made.shared.overlapped
+        return tuple(
+            Launch(
+                order[self._table[step.kernel]],
+                step.grid,
+                step.args,
+                overlapped and i > 0,
+                persistent=step.persistent,
+            )
+            for i, step in enumerate(steps)
+        )
+
+    def _way(self, tokens: int) -> FewTile | ManyTile:
+        return next(way for way in self.ways if tokens <= way.tokens or not way.tokens)
+
+    # what is launched
+
+    def _plan(self, way: FewTile | ManyTile, tokens: int) -> tuple[list[Step], int]:
+        arena, sizes = Arena(), self.node.sizes
+        assignments = tokens * sizes.top_k
+        chosen, weights = arena.take(4 * assignments), arena.take(4 * assignments)
+        block = 1 if isinstance(way, FewTile) else ROUTED_TOKENS
+        blocks = -(-tokens // block)
+        counts = arena.take(4 * blocks * self._made.shared.local_block)
+        route_args = (Input(0), Input(1), Input(self.node.expert_ids), chosen, weights, counts, tokens)
+        steps = [Step(("route", block), (blocks, 1, 1), route_args)]
+        if isinstance(way, FewTile):
+            steps += self._few_steps(way, arena, chosen, weights, tokens)
+        else:
+            steps += self._many_steps(way, arena, chosen, weights, counts, tokens)
+        return steps, arena.size
+
+    def _weight(self, weight: Weight) -> tuple[Input, Input, Input]:
+        return Input(weight.codes), Input(weight.scales), Input(weight.extra)
+
+    def _few_steps(self, few: FewTile, arena: Arena, chosen: Workspace, weights: Workspace, tokens: int) -> list[Step]:
+        sizes, node = self.node.sizes, self.node
+        hit = min(sizes.local, tokens * sizes.top_k)
+        input_scales, inner_scales = Input(node.gate_up.input_scales), Input(node.down.input_scales)
+        steps: list[Step] = []
+        x: Input | Workspace = Input(0)
+        if self._made.arranges:
+            experts = sizes.local if node.form.rounds_inputs else 1
+            x = arena.take(2 * experts * tokens * sizes.hidden)
+            arranged_grid = (tokens, -(-sizes.hidden // ARRANGED_COLUMNS), experts)
+            steps.append(Step(("arrange", 0), arranged_grid, (Input(0), input_scales, chosen, x, tokens)))
+        inner = arena.take(2 * sizes.local * tokens * sizes.intermediate)
+        results = arena.take(4 * few.parts * sizes.local * tokens * sizes.hidden)
+        up_args = (x, *self._weight(node.gate_up), input_scales, inner_scales, chosen, inner, tokens)
+        down_args = (inner, *self._weight(node.down), inner_scales, chosen, results, tokens)
+        combine_args = (results, chosen, weights, Output(0), tokens, few.parts, sizes.local * tokens)
+        return [
+            *steps,
+            Step(("few_up", few), (-(-sizes.intermediate // few.rows), hit, 1), up_args),
+            Step(("few_down", few), (-(-sizes.hidden // few.rows), hit, few.parts), down_args),
+            Step(("few_combine",), (tokens, -(-sizes.hidden // COMBINED_COLUMNS), 1), combine_args),
+        ]
+
+    def _many_steps(
+        self, many: ManyTile, arena: Arena, chosen: Workspace, weights: Workspace, counts: Workspace, tokens: int
+    ) -> list[Step]:
+        sizes, node = self.node.sizes, self.node
+        row_tiles = min(-(-tokens * sizes.top_k // many.rows) + sizes.local, tokens * sizes.top_k)
+        rows = row_tiles * many.rows
+        input_scales, inner_scales = Input(node.gate_up.input_scales), Input(node.down.input_scales)
+        places, totals = arena.take(4 * tokens * sizes.top_k), arena.take(4 * self._made.shared.local_block)
+        sorted_x = arena.take(2 * rows * sizes.hidden)
+        blocks = -(-tokens // ROUTED_TOKENS)
+        place_args = (Input(0), chosen, counts, places, totals, sorted_x, tokens, blocks)
+        steps = [Step(("place", many.rows), (blocks, -(-sizes.hidden // MOVED_COLUMNS), 1), place_args)]
+        x = sorted_x
+        if self._made.arranges:
+            x = arena.take(2 * rows * sizes.hidden)
+            arranged_grid = (rows, -(-sizes.hidden // ARRANGED_COLUMNS), 1)
+            steps.append(Step(("arrange", many.rows), arranged_grid, (sorted_x, input_scales, totals, x, rows)))
+        inner, results = arena.take(2 * rows * sizes.intermediate), arena.take(2 * rows * sizes.hidden)
+        up_args = (x, *self._weight(node.gate_up), input_scales, inner_scales, totals, inner)
+        down_args = (inner, *self._weight(node.down), inner_scales, totals, results)
+        combine_args = (results, places, weights, Output(0))
+        return [
+            *steps,
+            Step(("many_up", many), (row_tiles, -(-sizes.intermediate // many.outputs), 1), up_args),
+            Step(("many_down", many), (row_tiles, -(-sizes.hidden // many.outputs), 1), down_args),
+            Step(("sorted_combine",), (tokens, -(-sizes.hidden // COMBINED_COLUMNS), 1), combine_args),
+        ]
+
+
+def tactics(op: str, attributes: Mapping[str, Any], dims: Dims, dtype: str, sm: int) -> tuple[QuantizedMoETactic, ...]:
+    """See ``moe_node.node_of`` for ``dims``, of which all but the tokens have to be known, and for what has no tactics."""
+    node = node_of(op, attributes, dims, dtype, sm)
+    if node is None:
+        return ()
+    columns = 256 if node.halves else 128
+    parts = _parts(node, 32)
+    narrow = (FewTile(8, columns=columns, parts=parts), FewTile(16, columns=columns, parts=parts))
+    wide = (FewTile(16, rows=64, columns=128, warps=4, parts=_parts(node, 64)),)
+    more = (FewTile(32, rows=64, columns=128, warps=4), FewTile(64, rows=64, columns=128, warps=4))
+    many = (ManyTile(1024, 64), ManyTile(0, 128, 64, 64, 3, 8))
+    return (
+        QuantizedMoETactic("narrow", node, (*narrow, *more, *many)),
+        QuantizedMoETactic("wide", node, (*wide, *more, *many)),
+        QuantizedMoETactic("early", node, (*narrow, *many)),
+    )
+
+
+def _parts(node: QuantizedNode, rows: int) -> int:
+    """How many programs share a sum of the down product, so that one token's programs are four times the multiprocessors."""
+    programs = -(-node.sizes.hidden // rows) * node.sizes.top_k
+    wanted = -(-4 * multiprocessors(node.sm) // programs)
+    return max(1, min(8, wanted, node.sizes.intermediate // 1024))
