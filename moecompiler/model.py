@@ -127,6 +127,7 @@ class Experts(nn.Module):
     """``MixtralExperts``, all local experts on all tokens: ``x [tokens, H]``, ``share [tokens, experts]`` → ``[tokens, H]``.
 
     ``expert_ids`` says which experts live here. It is data, not an attribute: expert-parallel ranks share one graph.
+    ``before_gate_up`` and ``before_down`` are where a reference rounds what meets quantized weights; they leave no trace.
     """
 
     def __init__(self, config: ModelConfig, shape: RankShape):
@@ -134,11 +135,14 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(shape.experts, 2 * shape.intermediate, config.hidden_size))
         self.down_proj = nn.Parameter(torch.empty(shape.experts, config.hidden_size, shape.intermediate))
         self.expert_ids = nn.Buffer(torch.empty(shape.experts, dtype=torch.int64))
+        self.before_gate_up: nn.Module = nn.Identity()
+        self.before_down: nn.Module = nn.Identity()
 
     def forward(self, x: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-        both = x @ self.gate_up_proj.transpose(1, 2)  # [E, tokens, 2F]
+        both = self.before_gate_up(x) @ self.gate_up_proj.transpose(1, 2)  # [E, tokens, 2F]
         half = both.shape[-1] // 2  # slices, not chunk(): that exports as a sequence
-        y = (F.silu(both[..., :half]) * both[..., half:]) @ self.down_proj.transpose(1, 2)  # [E, tokens, H]
+        inner = self.before_down(F.silu(both[..., :half]) * both[..., half:])
+        y = inner @ self.down_proj.transpose(1, 2)  # [E, tokens, H]
         local = share.index_select(1, self.expert_ids).transpose(0, 1)  # [E, tokens]
         return (y.float() * local[..., None]).sum(0).to(x.dtype)
 

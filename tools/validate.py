@@ -19,7 +19,7 @@ from moecompiler.atomic import write_json_atomic
 from moecompiler.backends.base import EngineLimits
 from moecompiler.errors import UserError
 from moecompiler.quantization.recipe import QuantizationRecipe
-from moecompiler.quantized import without
+from moecompiler.quantized import formats_of, without
 from moecompiler.runtime.communicator import Communicator
 from moecompiler.runtime.mpi import world
 from moecompiler.runtime.outputs import check_writable
@@ -117,7 +117,7 @@ def validate_with(request: Request, artifact: Artifact, communicator: Communicat
     from moecompiler.dummy import open_source
     from moecompiler.validation.place import RankPlace
     from moecompiler.validation.scenario import random_scenario, text_scenario
-    from moecompiler.validation.tolerances import TOLERANCES
+    from moecompiler.validation.tolerances import TOLERANCES, for_formats
     from moecompiler.validation.validate import validate_rank
 
     job, limits = Job.of(artifact), EngineLimits(**artifact.header["limits"])
@@ -133,7 +133,7 @@ def validate_with(request: Request, artifact: Artifact, communicator: Communicat
         RankPlace(job.model, job.mapping, job.export, communicator.rank, quantization_of(artifact, communicator.rank)),
         reader,
         scenarios,
-        TOLERANCES[backend.compute_dtype(job.export.dtype)],
+        for_formats(TOLERANCES[backend.compute_dtype(job.export.dtype)], formats_of(job.quantization)),
         communicator,
         against_hf=request.against_hf,
         every_part=request.every_part,
