@@ -115,7 +115,8 @@ class QuantizeCache:
     def _scale(self, past: str, floats: int) -> gs.Constant:
         """``[1]``, of the op's floating-point type."""
         named = _PAST.fullmatch(past)
-        assert named is not None and self.cache is not None
+        assert named is not None
+        assert self.cache is not None
         scale = self.cache.scales[int(named[1])][named[2] == "value"]
         tensor = onnx.helper.make_tensor(f"{past}.scale", floats, [1], [scale])
         return gs.Constant(tensor.name, LazyValues(tensor))  # numpy has no bfloat16

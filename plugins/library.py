@@ -27,12 +27,14 @@ class PluginOp:
 def plugin_ops() -> dict[str, PluginOp]:
     """Every op that has a plugin, by its name."""
     from moecompiler.config import NormalizationMode
+    from moecompiler.plugins.attention.cache_op import ATTENTION_SPECS
     from moecompiler.plugins.attention.op import ATTENTION
     from moecompiler.plugins.moe.op import moe_spec
     from moecompiler.plugins.rmsnorm.op import ADD_RMS_NORM, RMS_NORM
 
     anyhow = moe_spec(NormalizationMode.RENORMALIZE, 2)  # inputs and attributes are the same in every mode
-    ops = (PluginOp(RMS_NORM), PluginOp(ADD_RMS_NORM), PluginOp(ATTENTION, {1: 6, 2: 7}), PluginOp(anyhow))
+    ops = (PluginOp(RMS_NORM), PluginOp(ADD_RMS_NORM), PluginOp(anyhow))
+    ops += tuple(PluginOp(spec, {1: 6, 2: 7}) for spec in (ATTENTION, *ATTENTION_SPECS))  # caches are written in place
     return {op.spec.name: op for op in ops}
 
 

@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from moecompiler.plugins.attention import launch as attention
+from moecompiler.plugins.attention.cache_op import ATTENTION_SPECS
 from moecompiler.plugins.launch import Dims, Tactic
 from moecompiler.plugins.moe import launch as moe
 from moecompiler.plugins.quantized import moe_launch as quantized_moe
 from moecompiler.plugins.quantized.moe_node import moe_forms
 from moecompiler.plugins.rmsnorm import launch as rmsnorm
 
-_OPS = {"RMSNorm": rmsnorm, "AddRMSNorm": rmsnorm, "MoE": moe, "Attention": attention} | dict.fromkeys(
+_OPS = {"RMSNorm": rmsnorm, "AddRMSNorm": rmsnorm, "MoE": moe, "Attention": attention}
+_OPS |= dict.fromkeys((spec.name for spec in ATTENTION_SPECS), attention)
+_OPS |= dict.fromkeys(
     moe_forms(), quantized_moe
 )
 

@@ -30,6 +30,7 @@ from moecompiler.runtime.device import checked, driver
 from moecompiler.runtime.lifetime import never_freed
 
 _TYPES = {trt.DataType.HALF: "float16", trt.DataType.BF16: "bfloat16", trt.DataType.FLOAT: "float32"}
+_WHOLE = {"int64": trt.DataType.INT64, "int8": trt.DataType.INT8}
 _NUMBERS = {int: (trt.PluginFieldType.INT32, np.int32), float: (trt.PluginFieldType.FLOAT32, np.float32)}
 _BASES = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime)
 
@@ -97,8 +98,8 @@ class FusedOp(*_BASES):  # type: ignore[misc]
         desc, first = in_out[position].desc, next(i for i, value in enumerate(values) if value.type == "T")
         if desc.format != trt.TensorFormat.LINEAR:
             return False
-        if values[position].type == "int64":
-            return desc.type == trt.DataType.INT64
+        if values[position].type in _WHOLE:
+            return desc.type == _WHOLE[values[position].type]
         return desc.type in _TYPES and desc.type == in_out[first].desc.type
 
     def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:

@@ -3,12 +3,17 @@
 Shapes: B batch, S new tokens, N query heads, KV key-value heads, G = N / KV, D head size, SLOTS of the cache; ``D_BLOCK`` is
 the power of two that holds D. Softmax runs in base 2: ``scale`` is the op's times log2(e).
 
+A cache may hold codes (``cache_codes``), whose scales, one for keys and one for values, scores and results are multiplied with.
+
 Decode: the cache's slots are divided among programs (Dao et al. 2023, Flash-Decoding), whose parts are then merged.
 Prefill: FlashAttention-2 (Dao 2023, arXiv:2307.08691).
 """
 
 import triton
 import triton.language as tl
+
+from moecompiler.plugins.attention.cache_codes import cache_scale, from_codes, to_codes
+from moecompiler.plugins.quantized.codes import e4m3_rounded
 
 
 @triton.jit
@@ -27,7 +32,7 @@ def _rotated(x, cos, sin, column, there, D: tl.constexpr):
 @triton.jit
 def decode(
     query, key, value, cos, sin, position_ids, keys, values, output, mixed, sums, slots, scale, parts,
-    N: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr, G_BLOCK: tl.constexpr,
+    key_scales, value_scales, CODES: tl.constexpr, FAST: tl.constexpr, NATIVE: tl.constexpr, N: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr, G_BLOCK: tl.constexpr,
     WINDOW: tl.constexpr, T_BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """One new token per sequence. Program (p, h, b) does the p-th part of key-value head h's visible slots in sequence b, and the
@@ -50,8 +55,12 @@ def decode(
     rows = query + (batch * N + head * G + group)[:, None] * D
     heads = (group < G)[:, None] & inside[None, :]
     new = (batch * KV + head) * D
+    dtype = query.dtype.element_ty
+    key_scale, value_scale = cache_scale(key_scales, CODES), cache_scale(value_scales, CODES)
+    scale = scale * key_scale
     new_value = tl.load(value + new + column, mask=inside, other=0.0)
-    new_key = _rotated(key + new, cos_row, sin_row, column, inside, D).to(keys.dtype.element_ty)
+    value_codes = to_codes(new_value, value_scale, dtype, CODES, NATIVE)
+    key_codes = to_codes(_rotated(key + new, cos_row, sin_row, column, inside, D), key_scale, dtype, CODES, NATIVE)
     q = _rotated(rows, cos_row, sin_row, column[None, :], heads, D).to(query.dtype.element_ty)
 
     oldest = 0
@@ -68,8 +77,10 @@ def decode(
     mix = tl.zeros([G_BLOCK, D_BLOCK], tl.float32)
     if part == 0:
         written = inside & (position >= 0) & (position < slots)
-        tl.store(keys + cache + position.to(tl.int64) * D + column, new_key, mask=written)
-        tl.store(values + cache + position.to(tl.int64) * D + column, new_value, mask=written)
+        tl.store(keys + cache + position.to(tl.int64) * D + column, key_codes, mask=written)
+        tl.store(values + cache + position.to(tl.int64) * D + column, value_codes, mask=written)
+        new_key = from_codes(key_codes, dtype, CODES, False, NATIVE)
+        new_value = from_codes(value_codes, dtype, CODES, False, NATIVE)
         highest = tl.sum(q.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
         total += 1.0
         mix += new_value.to(tl.float32)[None, :]
@@ -77,8 +88,9 @@ def decode(
     value_tiles = values + cache + slot[:, None] * D + column[None, :]
     for start in range(first, last, T_BLOCK):
         seen = start + slot < last
-        k = tl.load(key_tiles + start * D, mask=inside[:, None] & seen[None, :], other=0.0)
-        v = tl.load(value_tiles + start * D, mask=seen[:, None] & inside[None, :], other=0.0)
+        k = tl.load(key_tiles + start * D, mask=inside[:, None] & seen[None, :], other=0)
+        v = tl.load(value_tiles + start * D, mask=seen[:, None] & inside[None, :], other=0)
+        k, v = from_codes(k, dtype, CODES, FAST, NATIVE), from_codes(v, dtype, CODES, FAST, NATIVE)
         scores = tl.where(seen[None, :], tl.dot(q, k) * scale, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         shares = tl.exp2(scores - higher[:, None])
@@ -87,6 +99,7 @@ def decode(
         mix = tl.dot(shares.to(v.dtype), v, mix * fading[:, None])
         highest = higher
 
+    mix = mix * value_scale
     index = batch * N + head * G + group
     if parts == 1:
         mix = mix / total[:, None]
@@ -124,7 +137,7 @@ def merge(
 @triton.jit
 def append(
     key, value, cos, sin, position_ids, keys, values, length, slots,
-    KV: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr, S_BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
+    key_scales, value_scales, CODES: tl.constexpr, FAST: tl.constexpr, NATIVE: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr, S_BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """Writes the new tokens' rotated keys and their values into the cache. Program (i, h, b): ``S_BLOCK`` tokens of a head."""
     if OVERLAPPED:
@@ -141,31 +154,48 @@ def append(
     rotated = _rotated(key + new, cos + angles, sin + angles, column, there, D)
     at = ((batch * KV + head).to(tl.int64) * slots + position)[:, None] * D + column
     written = there & ((position >= 0) & (position < slots))[:, None]
-    tl.store(keys + at, rotated.to(keys.dtype.element_ty), mask=written)
-    tl.store(values + at, tl.load(value + new + column, mask=there, other=0.0), mask=written)
+    dtype = key.dtype.element_ty
+    key_scale, value_scale = cache_scale(key_scales, CODES), cache_scale(value_scales, CODES)
+    straight = tl.load(value + new + column, mask=there, other=0.0)
+    tl.store(keys + at, to_codes(rotated, key_scale, dtype, CODES, NATIVE), mask=written)
+    tl.store(values + at, to_codes(straight, value_scale, dtype, CODES, NATIVE), mask=written)
 
 
 @triton.jit
 def _attend(
     q, mix, total, highest, position, first, last, key_tiles, value_tiles, row, scale,
-    WINDOW: tl.constexpr, T_BLOCK: tl.constexpr, MASKED: tl.constexpr,
+    CODES: tl.constexpr, FAST: tl.constexpr, NATIVE: tl.constexpr, CONTEXT: tl.constexpr, WINDOW: tl.constexpr,
+    T_BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Goes on with a tile's softmax over the slots from ``first`` to ``last``; without ``MASKED`` all of them are seen."""
+    """Goes on with a tile's softmax over the slots from ``first`` to ``last``; without ``MASKED`` all of them are seen. With
+    ``CONTEXT``, ``q`` are numbers of E4M3, maxima are whole, and so are shares, 256 times what they are."""
     slot = tl.arange(0, T_BLOCK)
+    # what is multiplied: E4M3's numbers are float16's too
+    dtype: tl.constexpr = tl.float16 if CONTEXT else q.dtype
     for start in tl.range(first, last, T_BLOCK):
-        scores = tl.dot(q, key_tiles.load([row + start, 0]).T)
+        k = key_tiles.load([row + start, 0])
+        if CONTEXT and NATIVE:
+            scores = tl.dot(q, k.to(tl.float8e4nv, bitcast=True).T)
+        else:
+            scores = tl.dot(q, from_codes(k, dtype, CODES, FAST, NATIVE).T)
         if MASKED:
             seen = (start + slot)[None, :] <= position[:, None]
             if WINDOW > 0:
                 seen = seen & ((start + slot)[None, :] > position[:, None] - WINDOW)
             scores = tl.where(seen, scores, float("-inf"))
-        higher = tl.maximum(highest, tl.max(scores, 1) * scale)
+        higher = tl.max(scores, 1) * scale
+        if CONTEXT:
+            higher = tl.ceil(higher)
+        higher = tl.maximum(highest, higher)
         # a row that has seen nothing yet has no maximum
         base = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher
         shares = tl.exp2(scores * scale - base[:, None])
         fading = tl.exp2(highest - base)
         total = total * fading + tl.sum(shares, 1)
-        mix = tl.dot(shares.to(q.dtype), value_tiles.load([row + start, 0]), mix * fading[:, None])
+        if CONTEXT:
+            shares = e4m3_rounded(256.0 * shares, NATIVE)
+        v = from_codes(value_tiles.load([row + start, 0]), dtype, CODES, FAST, NATIVE)
+        mix = tl.dot(shares.to(dtype), v, mix * fading[:, None])
         highest = higher
     return mix, total, highest
 
@@ -173,11 +203,12 @@ def _attend(
 @triton.jit
 def prefill(
     query, cos, sin, position_ids, keys, values, output, length, slots, scale, cache_rows,
+    key_scales, value_scales, CODES: tl.constexpr, FAST: tl.constexpr, NATIVE: tl.constexpr, CONTEXT: tl.constexpr,
     N: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr, WINDOW: tl.constexpr,
     S_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """``query [B, S, N * D]`` over a cache that holds the new tokens → ``output [B, S, N * D]``. Program (h, i, b): ``S_BLOCK``
-    tokens of a head, the last tokens first, since they see most. Positions may be any; ``cache_rows`` are B * KV * SLOTS."""
+    tokens of a head, the last tokens first, since they see most; with ``CONTEXT`` both products are of E4M3. Positions may be any; ``cache_rows`` are B * KV * SLOTS."""
     head = tl.program_id(0)
     block = tl.num_programs(1) - 1 - tl.program_id(1)
     batch = tl.program_id(2)
@@ -192,6 +223,11 @@ def prefill(
     at = (row * N + head)[:, None] * D
     angles = row[:, None] * D
     q = _rotated(query + at, cos + angles, sin + angles, column[None, :], mask, D).to(query.dtype.element_ty)
+    if CONTEXT:
+        q = e4m3_rounded(q.to(tl.float32), NATIVE)
+        if not NATIVE:
+            q = q.to(tl.float16)
+    scale = scale * cache_scale(key_scales, CODES)
     if OVERLAPPED:
         tl.extra.cuda.gdc_wait()
 
@@ -212,13 +248,18 @@ def prefill(
         open = tl.maximum(open, first)
         full = tl.maximum(full, open)
         mix, total, highest = _attend(
-            q, mix, total, highest, position, first, open, key_tiles, value_tiles, cache, scale, WINDOW, T_BLOCK, True
+            q, mix, total, highest, position, first, open, key_tiles, value_tiles, cache, scale,
+            CODES, FAST, NATIVE, CONTEXT, WINDOW, T_BLOCK, True
         )
     mix, total, highest = _attend(
-        q, mix, total, highest, position, open, full, key_tiles, value_tiles, cache, scale, WINDOW, T_BLOCK, False
+        q, mix, total, highest, position, open, full, key_tiles, value_tiles, cache, scale,
+            CODES, FAST, NATIVE, CONTEXT, WINDOW, T_BLOCK, False
     )
     mix, total, highest = _attend(
-        q, mix, total, highest, position, full, end, key_tiles, value_tiles, cache, scale, WINDOW, T_BLOCK, True
+        q, mix, total, highest, position, full, end, key_tiles, value_tiles, cache, scale,
+            CODES, FAST, NATIVE, CONTEXT, WINDOW, T_BLOCK, True
     )
-    mix = mix / total[:, None]
+    if CONTEXT:
+        total = total * 256.0
+    mix = mix * cache_scale(value_scales, CODES) / total[:, None]
     tl.store(output + at + column[None, :], mix.to(output.dtype.element_ty), mask=mask)

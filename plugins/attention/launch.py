@@ -33,8 +33,10 @@ from moecompiler.plugins.launch import (
 
 _MODULE = "moecompiler.plugins.attention.kernels"
 _APPENDED_TOKENS = 16  # per program
+_CODES = {"AttentionInt8Cache": 1, "AttentionFp8Cache": 2, "AttentionFp8Context": 2}  # see ``cache_codes``
 _DECODE, _APPEND, _PREFILL, _MERGE = range(4)  # of a tactic's kernels
 _QUERY, _KEY, _VALUE, _COS, _SIN, _POSITIONS, _PAST_KEY = (Input(i) for i in range(7))
+_KEY_SCALES, _VALUE_SCALES = Input(8), Input(9)
 _OUTPUT, _KEYS, _VALUES = (Output(i) for i in range(3))
 
 
@@ -70,7 +72,8 @@ class WarpgroupPrefill:
 @dataclass(frozen=True)
 class AttentionTactic:
     """The cache is read and written through the outputs: they are aliased to the inputs ``past_key`` and ``past_value``.
-    ``processors``: the card's multiprocessors, which decide into how many parts decode divides the cache."""
+    ``processors``: the card's multiprocessors, which decide into how many parts decode divides the cache. ``codes``: what the
+    cache holds (``cache_codes``); ``context``: prefill multiplies numbers of E4M3."""
 
     name: str
     heads: int
@@ -83,12 +86,14 @@ class AttentionTactic:
     decode: DecodeTiles | ClusterDecode
     prefill: PrefillTiles | WarpgroupPrefill
     processors: int
+    codes: int = 0
+    context: bool = False
 
     @cached_property
     def kernels(self) -> tuple[AnyKernel, ...]:
         heads = {"KV": self.kv_heads, "D": self.head_dim, "D_BLOCK": self._block}
-        types = "key:T value:T cos:T sin:T position_ids:L keys:T values:T length:i32 slots:i32"
-        append = self._kernel("append", types, heads | {"S_BLOCK": _APPENDED_TOKENS}, 4)
+        types = f"key:T value:T cos:T sin:T position_ids:L keys:C values:C length:i32 slots:i32{self._scale_types}"
+        append = self._kernel("append", types, heads | {"S_BLOCK": _APPENDED_TOKENS} | self._held, 4)
         prefill = (
             self._warpgroup_prefill()
             if isinstance(self.prefill, WarpgroupPrefill)
@@ -102,21 +107,20 @@ class AttentionTactic:
         return self._tiled_decode(self.decode), append, prefill, merge
 
     def _tiled_decode(self, tiles: DecodeTiles) -> Kernel:
-        constants = self._sizes | {
+        constants = self._sizes | self._held | {
             "G_BLOCK": max(16, power_of_two(self.heads // self.kv_heads)),
             "T_BLOCK": tiles.slots,
         }
         stages = self._stages(tiles.stages, 4 * self._block * tiles.slots)
-        inputs = "query:T key:T value:T cos:T sin:T position_ids:L keys:T values:T"
-        types = f"{inputs} output:T mixed:F sums:F slots:i32 scale:fp32 parts:i32"
+        inputs = "query:T key:T value:T cos:T sin:T position_ids:L keys:C values:C"
+        types = f"{inputs} output:T mixed:F sums:F slots:i32 scale:fp32 parts:i32{self._scale_types}"
         return self._kernel("decode", types, constants, tiles.warps, stages)
 
     def _tiled_prefill(self, tiles: PrefillTiles) -> Kernel:
-        constants = self._sizes | {"S_BLOCK": tiles.tokens, "T_BLOCK": tiles.slots}
+        constants = self._sizes | self._held | {"S_BLOCK": tiles.tokens, "T_BLOCK": tiles.slots, "CONTEXT": self.context}
         stages = self._stages(tiles.stages, 4 * self._block * tiles.slots, 2 * self._block * tiles.tokens)
-        types = (
-            "query:T cos:T sin:T position_ids:L keys:T values:T output:T length:i32 slots:i32 scale:fp32 cache_rows:i32"
-        )
+        tensors = "query:T cos:T sin:T position_ids:L keys:C values:C output:T"
+        types = f"{tensors} length:i32 slots:i32 scale:fp32 cache_rows:i32{self._scale_types}"
         return self._kernel("prefill", types, constants, tiles.warps, stages)
 
     def _warpgroup_prefill(self) -> CudaKernel:
@@ -155,7 +159,7 @@ class AttentionTactic:
             if isinstance(self.decode, ClusterDecode):
                 return (self._cluster_launch(self.decode, batch, slots, scale),)
             return self._tiled_launches(self.decode, batch, slots, scale)
-        append = (_KEY, _VALUE, _COS, _SIN, _POSITIONS, _KEYS, _VALUES, length, slots)
+        append = (_KEY, _VALUE, _COS, _SIN, _POSITIONS, _KEYS, _VALUES, length, slots, *self._scales)
         return (
             Launch(_APPEND, (-(-length // _APPENDED_TOKENS), self.kv_heads, batch), append),
             self._attend_launch(batch, length, slots, scale),
@@ -172,7 +176,7 @@ class AttentionTactic:
         rows = batch * self.heads * parts
         mixed, sums = arena.take(4 * rows * self.head_dim), arena.take(8 * rows)
         inputs = (_QUERY, _KEY, _VALUE, _COS, _SIN, _POSITIONS, _KEYS, _VALUES)
-        args = (*inputs, _OUTPUT, mixed, sums, slots, scale, parts)
+        args = (*inputs, _OUTPUT, mixed, sums, slots, scale, parts, *self._scales)
         attend = Launch(_DECODE, (parts, self.kv_heads, batch), args)
         if parts == 1:
             return (attend,)
@@ -183,6 +187,7 @@ class AttentionTactic:
         if isinstance(self.prefill, PrefillTiles):
             rows = batch * self.kv_heads * slots
             tiled = (_QUERY, _COS, _SIN, _POSITIONS, _KEYS, _VALUES, _OUTPUT, length, slots, scale, rows)
+            tiled = (*tiled, *self._scales)
             return Launch(_PREFILL, (self.heads, tiles, batch), tiled, self._overlapped)
         keys, values = self._cache_maps(batch, slots, self.prefill.slots)
         programs = min(self.processors, batch * self.heads * tiles)
@@ -201,6 +206,20 @@ class AttentionTactic:
         return sizes | {"WINDOW": self.window}
 
     @property
+    def _scales(self) -> tuple[Input, ...]:
+        return (_KEY_SCALES, _VALUE_SCALES) if self.codes else ()
+
+    @property
+    def _scale_types(self) -> str:
+        return " key_scales:T value_scales:T" if self.codes else ""
+
+    @property
+    def _held(self) -> dict[str, Any]:
+        """How kernels read the cache: with the GPU's own FP8 where it knows the type."""
+        scales = {} if self.codes else {"key_scales": None, "value_scales": None}
+        return {"CODES": self.codes, "FAST": self.sm >= 80, "NATIVE": self.codes == 2 and self.sm >= 89} | scales
+
+    @property
     def _overlapped(self) -> bool:
         return self.sm >= 90
 
@@ -217,9 +236,11 @@ class AttentionTactic:
         return max(1, min(wanted, (shared_memory(self.sm) - kept - 8192) // stage))
 
     def _kernel(self, function: str, types: str, constants: Mapping[str, Any], warps: int, stages: int = 1) -> Kernel:
-        """``types`` lists arguments as ``name:type``, ``T`` standing for a pointer to the node's own type."""
+        """``types`` lists arguments as ``name:type``, ``T`` standing for a pointer to the node's own type and
+        ``C`` for one to what the cache holds."""
         named = (item.split(":", 1) for item in types.split())
-        kinds = {"T": f"*{TRITON_TYPES[self.dtype]}:16", "F": "*fp32:16", "L": "*i64:16"}
+        own = f"*{TRITON_TYPES[self.dtype]}:16"
+        kinds = {"T": own, "C": "*i8:16" if self.codes else own, "F": "*fp32:16", "L": "*i64:16"}
         signature = tuple((name, kinds.get(kind, kind)) for name, kind in named)
         all_constants = (*constants.items(), ("OVERLAPPED", self._overlapped))
         return Kernel(_MODULE, function, signature, all_constants, warps, stages)
@@ -227,14 +248,17 @@ class AttentionTactic:
 
 def tactics(op: str, attributes: Mapping[str, Any], dims: Dims, dtype: str, sm: int) -> tuple[AttentionTactic, ...]:
     """Of ``dims`` only the cache's head size has to be known. None for float32 and for head sizes over 256 or no multiple
-    of 8, which the copy engine needs."""
-    head_dim = dims[6][3]
-    if dtype not in ("float16", "bfloat16") or head_dim % 8 or head_dim > 256:
+    of 16 bytes of the cache, which the copy engine needs."""
+    head_dim, codes = dims[6][3], _CODES.get(op, 0)
+    if dtype not in ("float16", "bfloat16") or head_dim % (16 if codes else 8) or head_dim > 256:
         return ()
     heads, kv_heads = attributes["num_heads"], attributes["num_kv_heads"]
     scale, window = attributes["scale"], attributes["window"]
     sizes = (heads, kv_heads, head_dim, scale, window, dtype, sm)
-    tiled = AttentionTactic("tiled", *sizes, DecodeTiles(), PrefillTiles(), multiprocessors(sm))
+    held = {"codes": codes, "context": op == "AttentionFp8Context"}
+    tiled = AttentionTactic("tiled", *sizes, DecodeTiles(), PrefillTiles(), multiprocessors(sm), **held)
+    if codes:
+        return (tiled,)
     if sm != 90 or head_dim > 128:
         return (tiled,)
     decode = ClusterDecode() if heads // kv_heads <= LARGEST_GROUP else tiled.decode
