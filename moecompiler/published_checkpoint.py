@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moecompiler.calibration.static import with_input_scales
 from moecompiler.checkpoint_files import raise_problems
 from moecompiler.config import ModelConfig
 from moecompiler.quantization.as_json import recipe_to_json
-from moecompiler.quantization.published import published_recipe, quantized_layers, read_linear
+from moecompiler.quantization.published import published_recipe, quantized_layers, read_input_scale, read_linear
 from moecompiler.quantization.published_boxes import read_codes, read_numbers, stored_shapes, stored_tensors
 from moecompiler.quantization.published_config import PublishedConfig
 from moecompiler.quantization.schemes import QuantizedTensor, WeightScheme
@@ -41,9 +42,15 @@ class HeldCodes:
         return {each: map_tensor(self.tensors[each]) for each in names if each in self.tensors}
 
     def stamp(self, model: ModelConfig) -> dict[str, Any]:
-        """What the source's identity says of them: in short, and as a recipe."""
+        """What the source's identity says of them: in short, and as a recipe.
+
+        Raises: UserError where static scales of FP8 inputs are missing, or not positive and finite.
+        """
         linears = {name.removesuffix(".weight") for name in self.shapes}
         recipe = published_recipe(self.config, linears, model)
+        scales = {each: read_input_scale(self.config, self.arrays(f"{each}.weight"), each) for each in sorted(linears)}
+        if all(scale is not None for scale in scales.values()):
+            recipe = with_input_scales(recipe, model, lambda name: scales[name] or 0.0)
         return {"quantization": {"format": self.config.described, **recipe_to_json(recipe)}}
 
     def check(self) -> None:

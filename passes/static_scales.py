@@ -21,9 +21,8 @@ def without_scale(weight: Recipe, plan: QuantizationRecipe) -> str | None:
 
 
 def input_scales(name: str, weight: Recipe, plan: QuantizationRecipe, weights: dict[str, Recipe]) -> gs.Constant:
-    """The scales of what ``weight`` ``[out, in]`` or ``[experts, out, in]``, the initializer ``name``, is multiplied with:
-    ``[1]``,
-    or of each expert, in its type. Tensors that are one matrix here get one input, and so the largest of their scales.
+    """The scales of what ``weight`` ``[out, in]`` or ``[experts, out, in]``, the initializer ``name``, is multiplied with, in its
+    type: ``[1]``, or one for each expert. Tensors that are one matrix here get one input, and so the largest of their scales.
 
     Raises: UserError where a scale is beyond the type.
     """

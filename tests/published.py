@@ -18,7 +18,7 @@ from moecompiler.config import load_config
 from moecompiler.quantization.arithmetic import dequantize, quantize
 from moecompiler.quantization.packing import AWQ_ORDER, IN_ORDER, pack_bytes, pack_words
 from moecompiler.quantization.published import linear_stacks
-from moecompiler.quantization.schemes import FP8, NVFP4, QuantizedTensor, WeightScheme, int4
+from moecompiler.quantization.schemes import FP8, NVFP4, Format, Granularity, QuantizedTensor, WeightScheme, int4
 
 TINY_MIXTRAL = Path(__file__).parent / "data" / "tiny-mixtral"
 GROUP = 64
@@ -72,9 +72,24 @@ KINDS = {
     "compressed-tensors-nvfp4": Kind("packed_nvfp4", NVFP4, _NVFP4_PACKED),
 }
 
-# what engines hold as floats so far
-FLOAT_KINDS = {
+
+def _float_quantized(by: str, **activations: Any) -> dict[str, Any]:
+    eight = {"type": "float", "num_bits": 8}
+    group = {
+        "targets": ["Linear"],
+        "weights": eight | {"strategy": by},
+        "input_activations": eight | {"strategy": "tensor", "dynamic": False} | activations,
+    }
+    return {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": group}}
+
+
+_FP8_ROWS = WeightScheme(Format.E4M3, Granularity.CHANNEL)
+FP8_KINDS = {
     "modelopt-fp8": Kind("fp8", FP8, {"quant_method": "modelopt", "quant_algo": "FP8"}),
+    "compressed-tensors-fp8": Kind("fp8", _FP8_ROWS, _float_quantized("channel")),
+    "compressed-tensors-fp8-dynamic": Kind(
+        "fp8_dynamic", _FP8_ROWS, _float_quantized("channel", strategy="token", dynamic=True)
+    ),
 }
 
 
@@ -173,7 +188,11 @@ def _pack_packed(tensor: QuantizedTensor) -> Arrays:
 
 
 def _pack_fp8(tensor: QuantizedTensor) -> Arrays:
-    return {"weight": tensor.codes, "weight_scale": tensor.scales, "input_scale": np.array(0.5, np.float32)}
+    return _pack_fp8_dynamic(tensor) | {"input_scale": np.array(0.01, np.float32)}
+
+
+def _pack_fp8_dynamic(tensor: QuantizedTensor) -> Arrays:
+    return {"weight": tensor.codes, "weight_scale": tensor.scales[:, None] if tensor.scales.ndim else tensor.scales}
 
 
 def _pack_nvfp4(tensor: QuantizedTensor) -> Arrays:
@@ -198,6 +217,7 @@ PACK = {
     "gptq": _pack_gptq,
     "packed": _pack_packed,
     "fp8": _pack_fp8,
+    "fp8_dynamic": _pack_fp8_dynamic,
     "nvfp4": _pack_nvfp4,
     "packed_nvfp4": _pack_packed_nvfp4,
 }

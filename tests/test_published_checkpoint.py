@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from published import FLOAT_KINDS, GROUP, KINDS, Arrays, save_published
+from published import FP8_KINDS, GROUP, KINDS, Arrays, save_published
 from safetensors.numpy import load_file, save_file
 
 from moecompiler.checkpoint import open_checkpoint
@@ -31,7 +31,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pat
     def save(kind: str) -> tuple[Path, Arrays]:
         if kind not in made:
             directory = tmp_path_factory.mktemp(kind)
-            made[kind] = directory, save_published(directory, (KINDS | FLOAT_KINDS)[kind])
+            made[kind] = directory, save_published(directory, (KINDS | FP8_KINDS)[kind])
         return made[kind]
 
     return save
@@ -43,7 +43,7 @@ def opened(directory: Path, **options: bool) -> QuantizedCheckpoint:
     return source
 
 
-@pytest.mark.parametrize("kind", KINDS | FLOAT_KINDS)
+@pytest.mark.parametrize("kind", KINDS | FP8_KINDS)
 def test_numbers_of_boxes(saved: Callable[[str], tuple[Path, Arrays]], kind: str) -> None:
     """Of whole weights, and of boxes that begin inside words and groups."""
     directory, weights = saved(kind)

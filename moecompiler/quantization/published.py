@@ -97,6 +97,15 @@ def read_linear(config: PublishedConfig, tensors: Tensors, linear: str, shape: S
     return PublishedLinear(weight, _scalar(take, "input_scale") if static else None)
 
 
+def read_input_scale(config: PublishedConfig, tensors: Tensors, linear: str) -> float | None:
+    """The static scale of the activations that meet the FP8 weight of ``linear``; ``None`` where the checkpoint has none.
+
+    Raises: UserError where it is missing, or not positive and finite.
+    """
+    static = config.activations == "static" and config.scheme.format is Format.E4M3
+    return _scalar(Taker(tensors, linear, ()), "input_scale") if static else None
+
+
 def read_kv_scales(tensors: Tensors, attention: str) -> tuple[float, float] | None:
     """The scales of the FP8 cache's keys and values of ``model.layers.0.self_attn``; ``None`` where it has none.
 

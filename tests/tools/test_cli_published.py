@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from cli import Here
-from published import FLOAT_KINDS, KINDS, save_published
+from published import FP8_KINDS, KINDS, save_published
 
 from moecompiler.artifact import Artifact
 from moecompiler.errors import UserError
@@ -68,14 +68,14 @@ def test_awq_on_two_ranks(here: Here, tmp_path: Path) -> None:
             "o_proj.weight on each of 8 ranks: groups of 64 do not divide its 32 input features; use fewer tensor-parallel",
         ),
         (
-            "modelopt-fp8",
+            "compressed-tensors-fp8-dynamic",
             (),
-            "q_proj.weight is float8_e4m3fn per tensor, which engines cannot hold; give a recipe with scheme none",
+            "model.layers.0.self_attn.q_proj is FP8, and there is no static scale of its inputs; give --scales",
         ),
     ],
 )
 def test_what_cannot_be(here: Here, tmp_path: Path, kind: str, options: tuple[object, ...], said: str) -> None:
-    save_published(tmp_path / "model", (KINDS | FLOAT_KINDS)[kind])
+    save_published(tmp_path / "model", (KINDS | FP8_KINDS)[kind])
     engines = tmp_path / "engines"
     output = here("compile", "--model_dir", tmp_path / "model", *SMALL, *options, "--output_dir", engines)
     assert output.status == 2
@@ -84,11 +84,11 @@ def test_what_cannot_be(here: Here, tmp_path: Path, kind: str, options: tuple[ob
     assert not engines.exists()
 
 
-@pytest.mark.parametrize("kind", ["gptq-act-order", "modelopt-fp8"])
+@pytest.mark.parametrize("kind", ["gptq-act-order", "compressed-tensors-fp8-dynamic"])
 def test_a_recipe_leaves_weights_out(tmp_path: Path, kind: str) -> None:
-    """What rules keep is held as the numbers that codes stand for, so neither act-order nor a format without an op is refused;
+    """What rules keep is held as the numbers that codes stand for, so neither act-order nor dynamic scales are refused;
     what no rule names stays codes."""
-    save_published(tmp_path, (KINDS | FLOAT_KINDS)[kind])
+    save_published(tmp_path, (KINDS | FP8_KINDS)[kind])
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("rules: [{match: '*', scheme: none}]")
     job = make_job(
@@ -98,7 +98,7 @@ def test_a_recipe_leaves_weights_out(tmp_path: Path, kind: str) -> None:
     names = [name for stack in linear_stacks(job.model) for name in stack]
     assert {job.quantization.scheme_of(name) for name in names} == {None}
     recipe.write_text("rules: [{match: '*.o_proj', scheme: none}]")
-    with pytest.raises(UserError, match=r"act-order|which engines cannot hold"):
+    with pytest.raises(UserError, match=r"act-order|no static scale"):
         make_job(
             SourceFlags(model_dir=tmp_path),
             MappingFlags(tp_size=2),
