@@ -15,7 +15,6 @@ from moecompiler.plugins.launch import (
     TRITON_TYPES,
     AnyKernel,
     Arena,
-    Argument,
     CudaKernel,
     Dims,
     Input,
@@ -27,7 +26,7 @@ from moecompiler.plugins.launch import (
     multiprocessors,
     shared_memory,
 )
-from moecompiler.plugins.moe.compiled import COMBINED_COLUMNS, ROUTED_TOKENS, Key, NodeKernels
+from moecompiler.plugins.moe.compiled import COMBINED_COLUMNS, ROUTED_TOKENS, Key, NodeKernels, Step
 from moecompiler.plugins.moe.tiles import Sizes
 
 _SM = 90
@@ -38,16 +37,6 @@ _MOST_EXPERTS = 64
 """What is known of them has to fit beside the rings in shared memory."""
 PROMOTED = 4
 """Steps of 128 columns that the matrix units add up by themselves, where sums are promoted (DeepSeek-V3, §3.3.2: there one)."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """A launch whose grid and arguments are known; ``kernel`` is by key."""
-
-    kernel: Key
-    grid: tuple[int, int, int]
-    args: tuple[Argument, ...]
-    persistent: bool = False
 
 
 @dataclass(frozen=True)
