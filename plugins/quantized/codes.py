@@ -123,8 +123,10 @@ def int8_numbers(codes, dtype: tl.constexpr, fast: tl.constexpr):
     """int8 → its numbers."""
     if fast and dtype == tl.float16:
         numbers = tl.inline_asm_elementwise(INT8_TO_FLOAT16, _TWO, [codes], tl.float16, is_pure=True, pack=4)
-    else:
+    elif fast:
         numbers = codes.to(dtype)
+    else:
+        numbers = codes.to(tl.float32).to(dtype)
     return numbers
 
 
@@ -147,8 +149,26 @@ def int4_numbers(packed, dtype: tl.constexpr, fast: tl.constexpr):
         )
     else:
         low_codes, high_codes = nibbles(packed)
-        low, high = low_codes.to(dtype), high_codes.to(dtype)
+        low, high = low_codes.to(tl.float32).to(dtype), high_codes.to(tl.float32).to(dtype)
     return low, high
+
+
+@triton.jit
+def int4_wide(packed):
+    """Two int4 to a byte → float32, the low ones and 16 times the high ones."""
+    # 2^23 + u; u is the code + 8
+    wide = packed.to(tl.int32)
+    low = ((wide & 0x0F) ^ 0x4B000008).to(tl.float32, bitcast=True) - 8388616.0
+    high = ((wide & 0xF0) ^ 0x4B000080).to(tl.float32, bitcast=True) - 8388736.0
+    return low, high
+
+
+@triton.jit
+def neighbours(pairs, dtype: tl.constexpr):
+    """Two neighbours of 16 bits, loaded as int32 → ``dtype``, the first and the second ones."""
+    first = (pairs & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
+    second = (pairs >> 16).to(tl.int16).to(dtype, bitcast=True)
+    return first, second
 
 
 @triton.jit
