@@ -1,0 +1,83 @@
+"""Attention's kernels over a cache of codes, run by Triton's interpreter, compute what the op's body does in ONNX Runtime."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from interpreted import interpret, interpreter
+from opmodels import run_op
+
+from moecompiler.plugins.attention.cache_op import cache_spec
+from moecompiler.plugins.tactics import tactics
+from moecompiler.quantization.cache import decode_cache, encode_cache
+from moecompiler.quantization.schemes import Format
+
+
+@pytest.fixture(scope="module")
+def interpreting() -> Iterator[ProcessPoolExecutor]:
+    with interpreter() as pool:
+        yield pool
+
+
+def attention_inputs(
+    first: list[int], length: int, heads: int, kv_heads: int, head_dim: int, slots: int, form: Format
+) -> list[torch.Tensor]:
+    """Half precision; some of the new keys and values saturate."""
+    torch.manual_seed(length)
+    batch = len(first)
+    scales = (0.01, 0.004) if form is Format.E4M3 else (0.02, 0.015)
+    rows = [torch.randn(batch, length, n * head_dim).half() for n in (heads, kv_heads, kv_heads)]
+    # quarter turns, which every arithmetic does exactly: no rounding before the one to codes
+    angles = torch.randint(4, (batch, 1, length, head_dim)) * (torch.pi / 2)
+    past = [
+        torch.from_numpy(encode_cache(torch.randn(batch, kv_heads, slots, head_dim).numpy(), scale, form))
+        for scale in scales
+    ]
+    positions = torch.tensor(first)[:, None] + torch.arange(length)
+    return [*rows, angles.cos().round().half(), angles.sin().round().half(), positions, *past, *(torch.tensor([s]).half() for s in scales)]
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "first", "length", "window"),
+    [
+        (4, 2, 64, [3, 0, 69], 1, 0),
+        (3, 1, 48, [7, 68], 1, 5),
+        (4, 2, 64, [0, 0], 17, 0),
+        (3, 1, 96, [70, 1], 3, 5),
+    ],
+)
+@pytest.mark.parametrize(("form", "context"), [(Format.INT8, False), (Format.E4M3, False), (Format.E4M3, True)])
+def test_attention(
+    interpreting: ProcessPoolExecutor,
+    form: Format,
+    context: bool,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    first: list[int],
+    length: int,
+    window: int,
+) -> None:
+    """Decode and prefill of a ragged batch, behind tokens or none; the numbers in the cache are the body's."""
+    inputs = attention_inputs(first, length, heads, kv_heads, head_dim, 101, form)
+    spec = cache_spec(form, context)
+    attributes = {"num_heads": heads, "num_kv_heads": kv_heads, "scale": head_dim**-0.5, "window": window}
+    want, *caches = (torch.from_numpy(array) for array in run_op(spec, attributes, *inputs))
+    tactic = tactics(spec.name, attributes, tuple(tuple(each.shape) for each in inputs), "float16", 80)[0]
+    plans = [tactic]
+    if length == 1:
+        tiles = dataclasses.replace(tactic.decode, slots=16)  # type: ignore[attr-defined]
+        plans = [dataclasses.replace(tactic, decode=tiles, processors=2), tactic]  # type: ignore[type-var]
+    for plan in plans:
+        outputs = [torch.full_like(want, float("nan")), 6, 7]
+        got, *written = interpreting.submit(interpret, spec.name, attributes, "float16", inputs, outputs, plan).result()
+        for mine, theirs in zip(written, caches, strict=True):
+            numbers = [decode_cache(each.numpy(), 1.0, form) for each in (mine, theirs)]
+            np.testing.assert_array_equal(*numbers)
+        error = (got.float() - want.float()).norm() / want.float().norm()
+        assert error < 2e-3, f"off by {error:.1e}"
