@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import onnx
 
 from moecompiler.backends.onnxruntime import OnnxRuntimeBackend
+from moecompiler.debugging.rounding import scales_by_source, with_rounded_inputs
 from moecompiler.graph import Program, weight_tensor
 from moecompiler.quantization.schemes import WeightScheme
 from moecompiler.quantized import numbers_of
@@ -17,7 +18,7 @@ _Schemes = Mapping[str, tuple[WeightScheme, Shape]]  # source of codes → their
 
 def quantized_as(programs: Iterable[Program], quantized: Iterable[Program]) -> tuple[Program, ...]:
     """The programs with numbers in place of each weight of which ``quantized``, the same ranks' programs after passes, have
-    codes; for ONNX Runtime, which rounds no product of code and scale to bfloat16."""
+    codes, and what meets FP8 weights rounded; for ONNX Runtime, which rounds no product of code and scale to bfloat16."""
     return tuple(_with_numbers(mine, theirs) for mine, theirs in zip(programs, quantized, strict=True))
 
 
@@ -33,6 +34,7 @@ def _with_numbers(program: Program, quantized: Program) -> Program:
     for index, tensor in enumerate(model.graph.initializer):
         if weights.get(tensor.name) != program.weights.get(tensor.name):
             model.graph.initializer[index].CopyFrom(weight_tensor(tensor.name, weights[tensor.name]))
+    with_rounded_inputs(model, program.weights, scales_by_source(quantized))
     return Program(model, weights)
 
 

@@ -13,7 +13,7 @@ from moecompiler.graph import Program
 from moecompiler.pipeline import Pass, PassResult, apply
 from moecompiler.quantized import formats
 from moecompiler.validation.difference import Difference, outputs_differ, relative_errors
-from moecompiler.validation.tolerances import against_float
+from moecompiler.validation.tolerances import against_float, for_formats
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def verify(
             before = subject.run(programs)
         if any(_bytes(old) != _bytes(new) for old, new in zip(programs, made, strict=True)):
             outputs = subject.run(made)
-        against_before = outputs_differ(outputs, before, subject.tolerance)
+        against_before = outputs_differ(outputs, before, for_formats(subject.tolerance, formats(made)))
         row = Verified(index, step.name, results, against_before, against_hf_of(made))
         if not row.passed:
             row = replace(row, enters=first_difference(subject, programs, made))
@@ -99,12 +99,13 @@ def _bytes(program: Program) -> tuple[bytes, dict[str, Any]]:
 def first_difference(subject: Subject, before: Sequence[Program], after: Sequence[Program]) -> str:
     """The first module whose output is beyond tolerance in ``after`` and was not in ``before``, with its rank where there are
     several; empty where none is: modules that one of the two has no output of are not seen."""
+    tolerance = for_formats(subject.tolerance, formats(after))
     for rank, (old, new) in enumerate(zip(before, after, strict=True)):
         names = [name for name in boundaries(old) if name in {*boundaries(new)}]
         reference, values = (subject.observe(programs, names, rank) for programs in (before, after))
         for name in names:
             errors = relative_errors(values[name], reference[name])
-            if subject.tolerance.worst(errors) > subject.tolerance.norm:
+            if tolerance.worst(errors) > tolerance.norm:
                 module = name.removesuffix("/output")
                 return f"{module} on rank {rank}" if len(before) > 1 else module
     return ""

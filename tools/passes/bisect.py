@@ -108,13 +108,15 @@ def accuracy_check(subject: Subject) -> Callable[[Probe], bool]:
     from moecompiler.debugging.unquantized import quantized_as
     from moecompiler.quantized import formats
     from moecompiler.validation.difference import outputs_differ
+    from moecompiler.validation.tolerances import for_formats
 
     given = subject.load()
     reference = subject.run(given)
 
     def check(probe: Probe) -> bool:
-        expected = subject.run(quantized_as(given, probe.programs)) if formats(probe.programs) else reference
-        return outputs_differ(subject.run(probe.programs), expected, subject.tolerance).passed
+        found = formats(probe.programs)
+        expected = subject.run(quantized_as(given, probe.programs)) if found else reference
+        return outputs_differ(subject.run(probe.programs), expected, for_formats(subject.tolerance, found)).passed
 
     return check
 
