@@ -14,9 +14,9 @@ constexpr int WIDEST = PROMOTED > 0 ? 192 : 288;  // tokens in a tile
 
 #include "grouped.cuh"
 
-// Of a thread's row, and of the one 8 rows below: what sums are multiplied by.
+// Of a thread's row, and of the one 8 rows below: what sums are multiplied by; and of the up product, what results are.
 struct Scales {
-  float row, below;
+  float row, below, out;
 };
 
 struct ScalePointers {
@@ -29,16 +29,16 @@ template <bool UP>
 __forceinline__ Scales scales_of(const ScalePointers& scales, const Tile& tile, int group, int thread) {
   int warp = thread / 32, row = thread % 32 / 4;
   float input = number(scales.inputs, tile.expert);
-  if constexpr (UP) {  // of gate, and of up, which is divided by the scale of what comes out
+  if constexpr (UP) {  // of gate and of up
     row += tile.column * (ROWS / 2) + group * 32 + warp * 8;
     int at = tile.expert * 2 * INTERMEDIATE + min(row, INTERMEDIATE - 1);
-    return {number(scales.weights, at) * input,
-            number(scales.weights, at + INTERMEDIATE) * input / number(scales.outputs, tile.expert)};
+    return {number(scales.weights, at) * input, number(scales.weights, at + INTERMEDIATE) * input,
+            1 / number(scales.outputs, tile.expert)};
   } else {
     row += tile.column * ROWS + group * 64 + warp * 16;
     int first = tile.expert * HIDDEN;
     return {number(scales.weights, first + min(row, HIDDEN - 1)) * input,
-            number(scales.weights, first + min(row + 8, HIDDEN - 1)) * input};
+            number(scales.weights, first + min(row + 8, HIDDEN - 1)) * input, 1};
   }
 }
 
@@ -73,7 +73,10 @@ __forceinline__ void write_up(float (&d)[N / 2], int first, uint32_t out, uint8_
       int s = j / 2 + i / 2 * 4 + i % 2;
       h[i] = silu(scales.row * d[s]) * (scales.below * d[s + 2]);
     }
-    uint32_t codes = to_codes(h[0], h[1], h[2], h[3]), other = __shfl_xor_sync(~0u, codes, 4);
+    uint32_t low = to_pair(h[0], h[1]), high = to_pair(h[2], h[3]);  // elements, as they are before they are quantized
+    uint32_t codes = to_codes(low_float(low) * scales.out, high_float(low) * scales.out, low_float(high) * scales.out,
+                              high_float(high) * scales.out);
+    uint32_t other = __shfl_xor_sync(~0u, codes, 4);
     codes = __byte_perm(codes, other, odd ? 0x3715 : 0x6240);
     other = __shfl_xor_sync(~0u, codes, 8);
     store_word(to + j * 32, __byte_perm(codes, other, second ? 0x3276 : 0x5410));
