@@ -14,17 +14,20 @@ from typing import Any
 
 from moecompiler.plugins.launch import (
     TRITON_TYPES,
+    AnyKernel,
     Arena,
     Dims,
     Input,
     Kernel,
     Launch,
     Output,
+    Tactic,
     Workspace,
     multiprocessors,
     power_of_two,
     shared_memory,
 )
+from moecompiler.plugins.quantized import grouped_fp8
 
 _MODULE = "moecompiler.plugins.quantized.linear_kernels"
 _KINDS = {"Int8": "int8", "Int4": "int4", "Int4Asymmetric": "int4_asymmetric", "Fp8": "fp8", "Nvfp4": "nvfp4"}
@@ -258,6 +261,37 @@ class LinearTactic:
         return self._mover("round_to_e4m3", f"x:T input_scale:T rounded:{rounded}", IN=columns, NATIVE=self._native)
 
 
+@dataclass(frozen=True)
+class Joined:
+    """Up to ``limit`` tokens by the tiles of ``few``, more by ``many``."""
+
+    name: str
+    few: LinearTactic
+    limit: int
+    many: Tactic
+
+    @cached_property
+    def kernels(self) -> tuple[AnyKernel, ...]:
+        return (*self.few.kernels, *self.many.kernels)
+
+    def workspace(self, dims: Dims) -> int:
+        tokens = math.prod(dims[0][:-1])
+        few = self.few.workspace(((min(tokens, self.limit), dims[0][-1]), *dims[1:]))
+        return max(few, self.many.workspace(dims)) if tokens > self.limit else few
+
+    def launches(self, dims: Dims) -> tuple[Launch, ...]:
+        if math.prod(dims[0][:-1]) <= self.limit:
+            return self.few.launches(dims)
+        first = len(self.few.kernels)
+        return tuple(replace(launch, kernel=first + launch.kernel) for launch in self.many.launches(dims))
+
+
+def _joined(few: LinearTactic, limit: int, many: Tactic) -> Joined:
+    """Without the tiles that are not used."""
+    tiles = tuple(tile for tile in few.tiles if 0 < tile.tokens <= limit)
+    return Joined(f"{few.name}, {many.name} from {limit + 1}", replace(few, tiles=tiles), limit, many)
+
+
 def fitting_columns(weight: Weight, wanted: int) -> int:
     """The largest power of two up to ``wanted`` that blocks divide, or that divides them, as far as a row goes; 0: none of those
     that the matrix units take."""
@@ -283,26 +317,34 @@ def weight_of(op: str, attributes: Mapping[str, Any], dims: Dims) -> Weight | No
     return weight if fits and fitting_columns(weight, 64) else None
 
 
-def tactics(op: str, attributes: Mapping[str, Any], dims: Dims, dtype: str, sm: int) -> tuple[LinearTactic, ...]:
+def tactics(op: str, attributes: Mapping[str, Any], dims: Dims, dtype: str, sm: int) -> tuple[Tactic, ...]:
     """Of ``dims`` those of the weight have to be known. None for float32, where features are stored in another order, and where
     rows of codes are no multiple of 16 bytes or blocks no multiple of 16 columns."""
     weight = weight_of(op, attributes, dims)
     if dtype not in ("float16", "bfloat16") or weight is None:
         return ()
-    if weight.halves:
-        one = One(4, 4096)
-        few = (Tile(16, 16, 64, 256), Tile(32, 32, 64, 256), Tile(64, 64, 64, 128))
-    else:
-        one = One(4, 4096)
-        few = (Tile(16, 16, 64, 256), Tile(32, 32, 64, 128), Tile(64, 64, 64, 128))
+    rows, tiles, thin = triton_tactics(weight, dtype, sm)
+    if weight.kind == "fp8":
+        grouped = grouped_fp8.linear_tactics(weight.out, weight.columns, dtype, sm)
+        if grouped:
+            return tuple(_joined(few, limit, many) for few, limit in ((rows, 16), (thin, 64)) for many in grouped)
+    return rows, tiles, thin
+
+
+def triton_tactics(weight: Weight, dtype: str, sm: int) -> tuple[LinearTactic, LinearTactic, LinearTactic]:
+    """By Triton's kernels alone."""
+    few = (
+        Tile(16, 16, 64, 256),
+        Tile(32, 32, 64, 256 if weight.halves else 128, programs=3),
+        Tile(64, 64, 64, 128, programs=2, least=1024),
+    )
     k = 128 if weight.kind == "fp8" else 64
     middle = Tile(128, 128, 64, k, 4, 4, 2, 1024, prepared=True, scaled=False)
     many = Tile(0, 128, 128, k, 8, 3, 1, 1024, prepared=True, scaled=False)
-    rows = LinearTactic("rows", weight, dtype, sm, one, (*few, middle, many), multiprocessors(sm))
-    thin = tuple(replace(tile, n=32, programs=6) for tile in few[:1]) + few[1:]
-    wide = replace(many, m=256)
+    rows = LinearTactic("rows", weight, dtype, sm, One(4, 4096), (*few, middle, many), multiprocessors(sm))
+    thin = (replace(few[0], n=32, programs=6), *few[1:])
     return (
         rows,
-        replace(rows, name="tiles", one=None, tiles=(*few, middle, wide)),
+        replace(rows, name="tiles", one=None, tiles=(*few, middle, replace(many, m=256))),
         replace(rows, name="thin tiles", one=None, tiles=(*thin, middle, many)),
     )
