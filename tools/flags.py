@@ -54,6 +54,8 @@ class QuantizationFlags:
     weight_only_precision: quant.WeightOnlyPrecisionOption = None
     group_size: quant.GroupSize = None
     quantization: quant.RecipeFile = None
+    kv_cache_dtype: quant.KVCacheDTypeOption = quant.KVCacheDType.auto
+    use_fp8_context_fmha: quant.UseFp8ContextFmha = quant.Switch.disable
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,8 @@ def _rules(data: dict[str, Any]) -> str:
     recipe = recipe_from_json(data)
     rules = "; ".join(f"{rule.match}: {rule.scheme or 'kept'}" for rule in recipe.rules)
     scales = f"; static scales of {len(recipe.input_scales)} inputs" if recipe.input_scales else ""
-    return rules + scales
+    cache = f"KV cache {recipe.cache}" if recipe.cache else ""
+    return "; ".join(each for each in (rules + scales, cache) if each)
 
 
 def _print_rank(console: Console, data: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from moecompiler.mapping import Mapping, check_mapping
 from moecompiler.quantization.as_json import recipe_from_json, recipe_to_json
 from moecompiler.quantization.recipe import QuantizationRecipe
 from moecompiler.tools.flags import GraphFlags, MappingFlags, QuantizationFlags, SourceFlags
+from moecompiler.tools.kv_cache import with_cache
 from moecompiler.tools.quantization import held_or_asked
 
 _NOTHING = QuantizationFlags()
@@ -112,6 +113,7 @@ def make_job(
     check_mapping(config, mapping)
     measured = None if measure is None else partial(measure, config, identity, export)
     recipe = held_or_asked(quantization, config, mapping, identity, measured)
+    recipe = with_cache(recipe, quantization, config, identity, measured)
     return Job(config, mapping, export, identity, recipe)
 
 

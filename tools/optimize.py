@@ -22,6 +22,7 @@ from moecompiler.tools.flags import InstrumentFlags, SelectionFlags, WorkFlags
 from moecompiler.tools.groups import grouped
 from moecompiler.tools.instruments import Watcher, check_instruments, show
 from moecompiler.tools.job import Job, code_fingerprint, ranks_asked_for
+from moecompiler.tools.kv_cache import with_cache
 from moecompiler.tools.quantization import checked_recipe
 from moecompiler.workers import ProgressFn, run_ranks
 
@@ -62,7 +63,10 @@ def run_optimize(
     export did. A pass that should have matched and did not is an error, or a
     note on stderr with ``allow_missed``."""
     job = Job.of(source)
-    recipe = passes.recipe or checked_recipe(passes, job.model, job.mapping, job.source) or job.quantization
+    recipe = passes.recipe
+    if recipe is None:
+        recipe = checked_recipe(passes, job.model, job.mapping, job.source) or job.quantization
+        recipe = with_cache(recipe, passes, job.model, job.source)
     passes, job = replace(passes, recipe=recipe), replace(job, quantization=recipe)
     check_instruments(instruments, passes.selection)
     steps = passes.selection.passes()

@@ -86,7 +86,7 @@ def checked_recipe(
     """
     recipe, held = recipe_from_flags(flags), held_recipe(source)
     if recipe is None:
-        if flags.scales is None:
+        if flags.scales is None or flags.kv_cache_dtype != "auto":  # then they are of the cache
             return None
         if held is None:
             raise UserError(
@@ -123,7 +123,7 @@ def with_scales(
     """
     wanting = wanting_scales(recipe, config)
     if not wanting:
-        if flags.scales is not None:
+        if flags.scales is not None and flags.kv_cache_dtype == "auto":
             raise UserError(f"--scales {flags.scales}: goes with --qformat fp8; {where} asks for no FP8")
         return recipe
     if flags.scales is not None:

@@ -28,6 +28,39 @@ class QFormat(StrEnum):
     nvfp4 = "nvfp4"
 
 
+class KVCacheDType(StrEnum):
+    """``auto``: the model's."""
+
+    auto = "auto"
+    fp8 = "fp8"
+    int8 = "int8"
+
+
+class Switch(StrEnum):
+    """As TensorRT-LLM's ``trtllm-build`` has it."""
+
+    enable = "enable"
+    disable = "disable"
+
+
+KVCacheDTypeOption = Annotated[
+    KVCacheDType,
+    typer.Option(
+        "--kv_cache_dtype",
+        metavar="TYPE",
+        help="Of keys and values: auto (the model's), fp8 or int8, by scales of each layer.",
+        rich_help_panel=_PANEL,
+    ),
+]
+UseFp8ContextFmha = Annotated[
+    Switch,
+    typer.Option(
+        "--use_fp8_context_fmha",
+        metavar="SWITCH",
+        help="enable: prefill's attention multiplies FP8 numbers; goes with --kv_cache_dtype fp8.",
+        rich_help_panel=_PANEL,
+    ),
+]
 QFormatOption = Annotated[
     QFormat | None,
     typer.Option(

@@ -248,16 +248,64 @@ def prefill(
         open = tl.maximum(open, first)
         full = tl.maximum(full, open)
         mix, total, highest = _attend(
-            q, mix, total, highest, position, first, open, key_tiles, value_tiles, cache, scale,
-            CODES, FAST, NATIVE, CONTEXT, WINDOW, T_BLOCK, True
+            q,
+            mix,
+            total,
+            highest,
+            position,
+            first,
+            open,
+            key_tiles,
+            value_tiles,
+            cache,
+            scale,
+            CODES,
+            FAST,
+            NATIVE,
+            CONTEXT,
+            WINDOW,
+            T_BLOCK,
+            True,
         )
     mix, total, highest = _attend(
-        q, mix, total, highest, position, open, full, key_tiles, value_tiles, cache, scale,
-            CODES, FAST, NATIVE, CONTEXT, WINDOW, T_BLOCK, False
+        q,
+        mix,
+        total,
+        highest,
+        position,
+        open,
+        full,
+        key_tiles,
+        value_tiles,
+        cache,
+        scale,
+        CODES,
+        FAST,
+        NATIVE,
+        CONTEXT,
+        WINDOW,
+        T_BLOCK,
+        False,
     )
     mix, total, highest = _attend(
-        q, mix, total, highest, position, full, end, key_tiles, value_tiles, cache, scale,
-            CODES, FAST, NATIVE, CONTEXT, WINDOW, T_BLOCK, True
+        q,
+        mix,
+        total,
+        highest,
+        position,
+        full,
+        end,
+        key_tiles,
+        value_tiles,
+        cache,
+        scale,
+        CODES,
+        FAST,
+        NATIVE,
+        CONTEXT,
+        WINDOW,
+        T_BLOCK,
+        True,
     )
     if CONTEXT:
         total = total * 256.0

@@ -107,17 +107,23 @@ class AttentionTactic:
         return self._tiled_decode(self.decode), append, prefill, merge
 
     def _tiled_decode(self, tiles: DecodeTiles) -> Kernel:
-        constants = self._sizes | self._held | {
-            "G_BLOCK": max(16, power_of_two(self.heads // self.kv_heads)),
-            "T_BLOCK": tiles.slots,
-        }
+        constants = (
+            self._sizes
+            | self._held
+            | {
+                "G_BLOCK": max(16, power_of_two(self.heads // self.kv_heads)),
+                "T_BLOCK": tiles.slots,
+            }
+        )
         stages = self._stages(tiles.stages, 4 * self._block * tiles.slots)
         inputs = "query:T key:T value:T cos:T sin:T position_ids:L keys:C values:C"
         types = f"{inputs} output:T mixed:F sums:F slots:i32 scale:fp32 parts:i32{self._scale_types}"
         return self._kernel("decode", types, constants, tiles.warps, stages)
 
     def _tiled_prefill(self, tiles: PrefillTiles) -> Kernel:
-        constants = self._sizes | self._held | {"S_BLOCK": tiles.tokens, "T_BLOCK": tiles.slots, "CONTEXT": self.context}
+        constants = (
+            self._sizes | self._held | {"S_BLOCK": tiles.tokens, "T_BLOCK": tiles.slots, "CONTEXT": self.context}
+        )
         stages = self._stages(tiles.stages, 4 * self._block * tiles.slots, 2 * self._block * tiles.tokens)
         tensors = "query:T cos:T sin:T position_ids:L keys:C values:C output:T"
         types = f"{tensors} length:i32 slots:i32 scale:fp32 cache_rows:i32{self._scale_types}"

@@ -39,7 +39,14 @@ def attention_inputs(
         for scale in scales
     ]
     positions = torch.tensor(first)[:, None] + torch.arange(length)
-    return [*rows, angles.cos().round().half(), angles.sin().round().half(), positions, *past, *(torch.tensor([s]).half() for s in scales)]
+    return [
+        *rows,
+        angles.cos().round().half(),
+        angles.sin().round().half(),
+        positions,
+        *past,
+        *(torch.tensor([s]).half() for s in scales),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from moecompiler.artifact import Artifact
 from moecompiler.errors import UserError
 from moecompiler.tools.flags import SelectionFlags
 from moecompiler.tools.job import Job
+from moecompiler.tools.kv_cache import with_cache
 from moecompiler.tools.quantization import checked_recipe, recipe_from_flags
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def for_target(passes: SelectionFlags, target: Path) -> SelectionFlags:
     if target.suffix == ".onnx":
         return replace(passes, recipe=recipe_from_flags(passes))
     job = Job.of(open_export(target))
-    return replace(passes, recipe=checked_recipe(passes, job.model, job.mapping, job.source) or job.quantization)
+    recipe = checked_recipe(passes, job.model, job.mapping, job.source) or job.quantization
+    return replace(passes, recipe=with_cache(recipe, passes, job.model, job.source))
 
 
 def open_export(target: Path) -> Artifact:
