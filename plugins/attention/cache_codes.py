@@ -12,11 +12,7 @@ from moecompiler.plugins.quantized.codes import e4m3_numbers, e4m3_rounded, int8
 @triton.jit
 def cache_scale(scales, CODES: tl.constexpr):
     """``scales [1]`` as a float32; 1 where there are none."""
-    if CODES == 0:
-        scale = 1.0
-    else:
-        scale = tl.load(scales).to(tl.float32)
-    return scale
+    return 1.0 if CODES == 0 else tl.load(scales).to(tl.float32)
 
 
 @triton.jit

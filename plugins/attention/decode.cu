@@ -9,7 +9,11 @@
 // The new key and value are a tile of their own, in the stream whose turn it would be. The cache's slot for them is hidden from
 // all streams, since it may be fetched before, while or after it is written.
 //
-// Macros: HEADS, KV_HEADS (HEADS up to 16 times as many), HEAD_DIM (up to 128, a multiple of 8), WINDOW, ELEMENT_IS_BFLOAT16,
+// The cache may hold codes, bytes that are int8 or E4M3 (CODES 1 and 2; 0: numbers). They are converted in registers, so what a
+// lane gets of four adjacent bytes decides which columns are whose: queries and new keys lie in shared memory as pairs that fit,
+// and results come in another order of columns (`decode_codes.cuh`). Scores and results are multiplied with the layer's scales.
+//
+// Macros: CODES, HEADS, KV_HEADS (HEADS up to 16 times as many), HEAD_DIM (up to 128, a multiple of 8), WINDOW, ELEMENT_IS_BFLOAT16,
 // STAGES of a ring, SHARED bytes of shared memory. Shapes: B batch, N heads, KV key-value heads, D head size.
 
 #include "cluster.cuh"
@@ -17,11 +21,13 @@
 constexpr int WARPS = 4;
 constexpr int THREADS = 32 * WARPS;
 constexpr int MOST_PROGRAMS = 8;  // of a cluster
-constexpr int SLOTS = 16;         // of a tile
+constexpr int SLOTS = CODES ? 32 : 16;  // of a tile
+constexpr int PARTS = SLOTS / 16;        // of a tile, 16 slots
 constexpr int GROUP = HEADS / KV_HEADS;
 constexpr int ROWS = GROUP > 8 ? 2 : 1;        // query heads of a lane, 8 apart
 constexpr int STEPS = (HEAD_DIM + 15) / 16;    // of 16 columns
-constexpr int HALVES = (HEAD_DIM + 63) / 64;   // of a tile: 64 columns, 128 swizzled bytes
+constexpr int ROW_COLUMNS = CODES ? 128 : 64;  // in 128 swizzled bytes
+constexpr int HALVES = (HEAD_DIM + ROW_COLUMNS - 1) / ROW_COLUMNS;  // of a tile
 constexpr int HALF_BYTES = SLOTS * 128;
 constexpr int STAGE_BYTES = HALVES * HALF_BYTES;  // keys or values of a tile
 constexpr int QUERY_PITCH = STEPS * 32 + 16;      // bytes; so that rows differ in their banks
@@ -42,6 +48,9 @@ constexpr int BEFORE_RINGS = (sizeof(Shared) + 1023) / 1024 * 1024;
 static_assert(1024 + BEFORE_RINGS + WARPS * STAGES * STAGE_BYTES <= SHARED && STAGES >= 2, "shared memory");
 
 #include "decode_tile.cuh"
+#include "decode_codes.cuh"
+
+typedef Cached<CODES>::Element Element;  // of the cache
 
 struct Tensors {
   const uint16_t *query, *key, *value, *cos, *sin;
@@ -62,7 +71,7 @@ struct Stream {
     arrive_expecting(full + 8 * stage, STAGE_BYTES);
 #pragma unroll
     for (int half = 0; half < HALVES; half++)
-      load_box(address() + half * HALF_BYTES, map, full + 8 * stage, EVICT_FIRST, half * 64, slot + item / 2 * stride, row);
+      load_box(address() + half * HALF_BYTES, map, full + 8 * stage, EVICT_FIRST, half * ROW_COLUMNS, slot + item / 2 * stride, row);
   }
   __forceinline__ void next() {
     if (++stage == STAGES) stage = 0, parity ^= 1;
@@ -119,13 +128,27 @@ __forceinline__ Four rotated(const Piece& piece) {
 }
 
 // Rotated queries, new key and new value to shared memory, and with `keys` and `values`, the slot's, to the cache too.
-__forceinline__ void place_piece(Shared& shared, const Piece& piece, int row, int column, uint16_t* keys, uint16_t* values) {
+__forceinline__ void place_piece(Shared& shared, const Piece& piece, int row, int column, Element* keys, Element* values,
+                                 Scales scales) {
   if (row >= PIECE_ROWS) return;
   bool is_value = row == GROUP + 1;
   Four y = is_value ? piece.x : rotated(piece);
   char* to = row < GROUP ? shared.query + row * QUERY_PITCH : is_value ? shared.value : shared.key;
+#if CODES
+  if (row >= GROUP) {
+    uint32_t codes = to_codes(y.words, is_value ? scales.values : scales.keys);
+    if (keys && column < HEAD_DIM) *reinterpret_cast<uint32_t*>((is_value ? values : keys) + column) = codes;
+    from_codes(y.words, codes);
+  }
+  // columns 4 q to 4 q + 3 of 16: pairs q and 4 + q are the first two and the last two, of values the even and the odd ones
+  uint32_t first = is_value ? __byte_perm(y.words[0], y.words[1], 0x5410) : y.words[0];
+  uint32_t second = is_value ? __byte_perm(y.words[0], y.words[1], 0x7632) : y.words[1];
+  uint32_t* pairs = reinterpret_cast<uint32_t*>(to + column / 16 * 32) + column % 16 / 4;
+  pairs[0] = first, pairs[4] = second;
+#else
   *reinterpret_cast<Four*>(to + column * 2) = y;
   if (keys && row >= GROUP && column < HEAD_DIM) *reinterpret_cast<Four*>((is_value ? values : keys) + column) = y;
+#endif
 }
 
 // Results are merged by all programs of the cluster, whose number is a power of two: block i by program i % programs.
@@ -164,8 +187,8 @@ __forceinline__ void hand_over(Shared& shared, Softmax& softmax, int programs, i
 }
 
 // A program's blocks from all streams' parts, a pair of results at a time; where there are fewer pairs than threads, adjacent
-// lanes divide the streams. `output [GROUP, D]`.
-__forceinline__ void merge(const Shared& shared, uint16_t* output, int programs, int program, int thread) {
+// lanes divide the streams. `output [GROUP, D]`, `scale` times what was mixed.
+__forceinline__ void merge(const Shared& shared, uint16_t* output, float scale, int programs, int program, int thread) {
   int own = own_blocks(programs, 0), streams = programs * WARPS, pairs = own * 4, lanes = 1;
   while (2 * lanes * pairs <= THREADS && 2 * lanes <= streams) lanes *= 2;
   for (int first = 0; first < pairs * lanes; first += THREADS) {
@@ -188,18 +211,30 @@ __forceinline__ void merge(const Shared& shared, uint16_t* output, int programs,
       low += __shfl_xor_sync(~0u, low, step);
       high += __shfl_xor_sync(~0u, high, step);
     }
-    if (share == 0 && first + thread < pairs * lanes && block < BLOCKS)
-      *reinterpret_cast<uint32_t*>(output + row * HEAD_DIM + column) = to_pair(low / total, high / total);
+    if (share != 0 || first + thread >= pairs * lanes || block >= BLOCKS) continue;
+    uint32_t result = to_pair(low * scale / total, high * scale / total);
+#if CODES
+    // block 2 c has the even ones of 16 columns, block 2 c + 1 the odd ones
+    uint16_t* to = output + row * HEAD_DIM + column / 16 * 16 + pair % 4 * 4 + column / 8 % 2;
+    to[0] = uint16_t(result), to[2] = uint16_t(result >> 16);
+#else
+    *reinterpret_cast<uint32_t*>(output + row * HEAD_DIM + column) = result;
+#endif
   }
 }
 
 // `query [B, 1, N * D]`, `key`, `value [B, 1, KV * D]`, `cos`, `sin [B, 1, 1, D]`, `positions [B, 1]` → `output [B, 1, N * D]`;
 // the cache, `[B * KV, slots, D]`, is read through tensor maps and written through `key_cache` and `value_cache`. Program (p, h, b)
-// is part p, of 1, 2, 4 or 8 that are a cluster, of key-value head h in sequence b. `scale` is the op's times log2(e).
+// is part p, of 1, 2, 4 or 8 that are a cluster, of key-value head h in sequence b. `scale` is the op's times log2(e);
+// `key_scales`, `value_scales [1]` are there where the cache holds codes.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     decode(const uint16_t* query, const uint16_t* key, const uint16_t* value, const uint16_t* cos, const uint16_t* sin,
            const int64_t* positions, const __grid_constant__ TensorMap keys, const __grid_constant__ TensorMap values,
-           uint16_t* key_cache, uint16_t* value_cache, uint16_t* output, int slots, float scale) {
+           Element* key_cache, Element* value_cache, uint16_t* output, int slots, float scale
+#if CODES
+           , const uint16_t* key_scales, const uint16_t* value_scales
+#endif
+    ) {
   extern __shared__ char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory + (-shared_address(memory) & 1023));
   uint32_t rings = shared_address(&shared) + BEFORE_RINGS;
@@ -210,6 +245,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
                    streams * SLOTS, 0, 0, 0};
   bool early = WINDOW == 0 && stream.slot < slots;
   int position = int(positions[sequence]);
+#if CODES
+  Scales scales = {low_float(*key_scales), low_float(*value_scales)};
+#else
+  Scales scales = {1.0f, 1.0f};
+#endif
+  scale *= scales.keys;
   if (lane == 0) {
     for (int i = 0; i < STAGES; i++) barrier_init(stream.full + 8 * i, 1);
     if (warp == 0) barrier_init(shared_address(&shared.handed_over), 1);
@@ -244,32 +285,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll
   for (int i = 0; i < PIECES; i++) {
     int item = thread + i * THREADS;
-    uint16_t* new_key = writes ? key_cache + at : nullptr;
-    place_piece(shared, pieces[i], item / ROW_PIECES, item % ROW_PIECES * 4, new_key, value_cache + at);
+    Element* new_key = writes ? key_cache + at : nullptr;
+    place_piece(shared, pieces[i], item / ROW_PIECES, item % ROW_PIECES * 4, new_key, value_cache + at, scales);
   }
   __syncthreads();
 
-  uint32_t operand[STEPS][4], shares[4];
-  float scores[2][4];
+  uint32_t operand[STEPS][4];
   Softmax softmax = {};
 #pragma unroll
   for (int r = 0; r < ROWS; r++) softmax.highest[r] = nothing();
   load_query(operand, shared_address(shared.query), lane);
   if (index == (tiles & (streams - 1))) {
     Seen seen = {0, 1};
-    multiply_keys(scores, operand, shared_address(shared.key), 128, lane);
+    uint32_t shares[1][4];
+    float scores[1][2][4];
+    multiply_keys(scores[0], operand, shared_address(shared.key), 128, lane);
     soften(shares, scores, softmax, seen, scale, lane);
-    multiply_values(softmax, shares, shared_address(shared.value), 128, seen, lane);
+    multiply_values(softmax, shares[0], shared_address(shared.value), 128, seen, lane);
   }
   for (int tile = 0; tile < stream.count; tile++) {
     int slot = stream.slot + tile * stream.stride;
     Seen seen = {oldest - slot, before - slot};
+    uint32_t shares[PARTS][4];
+    float scores[PARTS][2][4];
     stream.arrived();
-    multiply_keys(scores, operand, stream.address(), HALF_BYTES, lane);
+    Cached<CODES>::multiply_keys(scores, operand, stream.address(), lane);
     stream.read(2 * tile, lane);
     soften(shares, scores, softmax, seen, scale, lane);
     stream.arrived();
-    multiply_values(softmax, shares, stream.address(), HALF_BYTES, seen, lane);
+    Cached<CODES>::multiply_values(softmax, shares, stream.address(), seen, lane);
     stream.read(2 * tile + 1, lane);
   }
   if (early && stream.count == 0) {  // what was fetched in vain has to arrive before the memory is another program's
@@ -284,5 +328,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     __syncthreads();
   else
     wait(shared_address(&shared.handed_over), 0);  // and nobody reaches into this program's memory any more
-  merge(shared, output + (int64_t(sequence) * HEADS + head * GROUP) * HEAD_DIM, programs, program, thread);
+  merge(shared, output + (int64_t(sequence) * HEADS + head * GROUP) * HEAD_DIM, scales.values, programs, program,
+        thread);
 }

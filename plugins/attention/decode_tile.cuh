@@ -41,17 +41,20 @@ struct Seen {
   __forceinline__ bool operator()(int slot) const { return slot >= from && slot < to; }
 };
 
-// Scores become shares, a left operand; what was mixed before fades.
-__forceinline__ void soften(uint32_t (&shares)[4], float (&scores)[2][4], Softmax& softmax, Seen seen, float scale, int lane) {
-  shares[1] = shares[3] = 0;
+// Scores of so many times 16 slots become shares, left operands; what was mixed before fades.
+template <int N>
+__forceinline__ void soften(uint32_t (&shares)[N][4], float (&scores)[N][2][4], Softmax& softmax, Seen seen, float scale,
+                            int lane) {
+#pragma unroll
+  for (int part = 0; part < N; part++) shares[part][1] = shares[part][3] = 0;
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
     float highest = softmax.highest[r];
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 2 * N; i++) {
 #pragma unroll
       for (int e = 0; e < 2; e++) {
-        float& score = scores[i][2 * r + e];
+        float& score = scores[i / 2][i % 2][2 * r + e];
         score = seen(8 * i + lane % 4 * 2 + e) ? score * scale : nothing();
         highest = fmaxf(highest, score);
       }
@@ -61,10 +64,11 @@ __forceinline__ void soften(uint32_t (&shares)[4], float (&scores)[2][4], Softma
     softmax.highest[r] = highest;
     softmax.total[r] *= fading;
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      float first = power_of_2(scores[i][2 * r] - highest), second = power_of_2(scores[i][2 * r + 1] - highest);
+    for (int i = 0; i < 2 * N; i++) {
+      const float(&score)[4] = scores[i / 2][i % 2];
+      float first = power_of_2(score[2 * r] - highest), second = power_of_2(score[2 * r + 1] - highest);
       softmax.total[r] += first + second;
-      shares[2 * i + r] = to_pair(first, second);
+      shares[i / 2][i % 2 * 2 + r] = to_pair(first, second);
     }
 #pragma unroll
     for (int j = 0; j < 2 * STEPS; j++) softmax.mix[j][2 * r] *= fading, softmax.mix[j][2 * r + 1] *= fading;

@@ -32,7 +32,8 @@ def _rotated(x, cos, sin, column, there, D: tl.constexpr):
 @triton.jit
 def decode(
     query, key, value, cos, sin, position_ids, keys, values, output, mixed, sums, slots, scale, parts,
-    key_scales, value_scales, CODES: tl.constexpr, FAST: tl.constexpr, NATIVE: tl.constexpr, N: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr, G_BLOCK: tl.constexpr,
+    key_scales, value_scales, CODES: tl.constexpr, FAST: tl.constexpr, NATIVE: tl.constexpr,
+    N: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr, G_BLOCK: tl.constexpr,
     WINDOW: tl.constexpr, T_BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """One new token per sequence. Program (p, h, b) does the p-th part of key-value head h's visible slots in sequence b, and the
@@ -137,7 +138,8 @@ def merge(
 @triton.jit
 def append(
     key, value, cos, sin, position_ids, keys, values, length, slots,
-    key_scales, value_scales, CODES: tl.constexpr, FAST: tl.constexpr, NATIVE: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr, S_BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
+    key_scales, value_scales, CODES: tl.constexpr, FAST: tl.constexpr, NATIVE: tl.constexpr,
+    KV: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr, S_BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """Writes the new tokens' rotated keys and their values into the cache. Program (i, h, b): ``S_BLOCK`` tokens of a head."""
     if OVERLAPPED:
@@ -159,6 +161,38 @@ def append(
     straight = tl.load(value + new + column, mask=there, other=0.0)
     tl.store(keys + at, to_codes(rotated, key_scale, dtype, CODES, NATIVE), mask=written)
     tl.store(values + at, to_codes(straight, value_scale, dtype, CODES, NATIVE), mask=written)
+
+
+@triton.jit
+def widen(
+    keys, values, position_ids, wide_keys, wide_values, length, slots, key_scales, value_scales,
+    CODES: tl.constexpr, FAST: tl.constexpr, NATIVE: tl.constexpr, KV: tl.constexpr, D: tl.constexpr,
+    D_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
+):  # fmt: skip
+    """The numbers that a cache of codes stands for, up to the last slot that a sequence sees, ``[B * KV, SLOTS, D]``. Program
+    (i, h, b): ``T_BLOCK`` slots of a head."""
+    first = tl.program_id(0) * T_BLOCK
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    token = tl.arange(0, 1024)
+    last = tl.full([1024], 0, tl.int64)
+    for start in range(0, length, 1024):
+        row = batch.to(tl.int64) * length + start + token
+        last = tl.maximum(last, tl.load(position_ids + row, mask=start + token < length, other=0))
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    if first <= tl.max(last, 0):
+        dtype = wide_keys.dtype.element_ty
+        key_scale, value_scale = cache_scale(key_scales, CODES), cache_scale(value_scales, CODES)
+        slot = first + tl.arange(0, T_BLOCK)
+        column = tl.arange(0, D_BLOCK)[None, :]
+        there = (slot < slots)[:, None] & (column < D)
+        at = ((batch * KV + head).to(tl.int64) * slots + slot)[:, None] * D + column
+        k = from_codes(tl.load(keys + at, mask=there, other=0), dtype, CODES, FAST, NATIVE)
+        v = from_codes(tl.load(values + at, mask=there, other=0), dtype, CODES, FAST, NATIVE)
+        tl.store(wide_keys + at, (k.to(tl.float32) * key_scale).to(dtype), mask=there)
+        tl.store(wide_values + at, (v.to(tl.float32) * value_scale).to(dtype), mask=there)
 
 
 @triton.jit
@@ -208,7 +242,8 @@ def prefill(
     S_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """``query [B, S, N * D]`` over a cache that holds the new tokens → ``output [B, S, N * D]``. Program (h, i, b): ``S_BLOCK``
-    tokens of a head, the last tokens first, since they see most; with ``CONTEXT`` both products are of E4M3. Positions may be any; ``cache_rows`` are B * KV * SLOTS."""
+    tokens of a head, the last tokens first, since they see most. Positions may be any; ``cache_rows`` are B * KV * SLOTS. With
+    ``CONTEXT`` both products are of E4M3."""
     head = tl.program_id(0)
     block = tl.num_programs(1) - 1 - tl.program_id(1)
     batch = tl.program_id(2)

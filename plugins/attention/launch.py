@@ -10,10 +10,11 @@ from typing import Any
 
 from moecompiler.plugins.attention.cluster_decode import (
     LARGEST_GROUP,
-    TILE_SLOTS,
     ClusterDecode,
     cluster_decode_kernel,
     macros,
+    row_columns,
+    tile_slots,
 )
 from moecompiler.plugins.launch import (
     TRITON_TYPES,
@@ -26,6 +27,7 @@ from moecompiler.plugins.launch import (
     Launch,
     Output,
     TensorMap,
+    Workspace,
     multiprocessors,
     power_of_two,
     shared_memory,
@@ -34,7 +36,8 @@ from moecompiler.plugins.launch import (
 _MODULE = "moecompiler.plugins.attention.kernels"
 _APPENDED_TOKENS = 16  # per program
 _CODES = {"AttentionInt8Cache": 1, "AttentionFp8Cache": 2, "AttentionFp8Context": 2}  # see ``cache_codes``
-_DECODE, _APPEND, _PREFILL, _MERGE = range(4)  # of a tactic's kernels
+_WIDENED_SLOTS = 64  # per program
+_DECODE, _APPEND, _PREFILL, _MERGE = range(4)  # of a tactic's kernels; the last is `_WIDEN` if it has one
 _QUERY, _KEY, _VALUE, _COS, _SIN, _POSITIONS, _PAST_KEY = (Input(i) for i in range(7))
 _KEY_SCALES, _VALUE_SCALES = Input(8), Input(9)
 _OUTPUT, _KEYS, _VALUES = (Output(i) for i in range(3))
@@ -100,11 +103,13 @@ class AttentionTactic:
             else self._tiled_prefill(self.prefill)
         )
         if isinstance(self.decode, ClusterDecode):
-            cluster = cluster_decode_kernel(self.heads, self.kv_heads, self.head_dim, self.window, self.dtype)
-            return cluster, append, prefill
+            sizes = (self.heads, self.kv_heads, self.head_dim, self.window, self.dtype)
+            cluster = cluster_decode_kernel(*sizes, self.codes)
+            return (cluster, append, prefill, *((self._widen(),) if self._widens else ()))
         constants = {"D": self.head_dim, "D_BLOCK": self._block, "P_BLOCK": self.decode.max_parts}
         merge = self._kernel("merge", "mixed:F sums:F output:T parts:i32", constants, 4)
-        return self._tiled_decode(self.decode), append, prefill, merge
+        tiled = self._tiled_decode(self.decode), append, prefill, merge
+        return (*tiled, self._widen()) if self._widens else tiled
 
     def _tiled_decode(self, tiles: DecodeTiles) -> Kernel:
         constants = (
@@ -129,6 +134,11 @@ class AttentionTactic:
         types = f"{tensors} length:i32 slots:i32 scale:fp32 cache_rows:i32{self._scale_types}"
         return self._kernel("prefill", types, constants, tiles.warps, stages)
 
+    def _widen(self) -> Kernel:
+        sizes = {"KV": self.kv_heads, "D": self.head_dim, "D_BLOCK": self._block, "T_BLOCK": _WIDENED_SLOTS}
+        types = "keys:C values:C position_ids:L wide_keys:T wide_values:T length:i32 slots:i32"
+        return self._kernel("widen", f"{types}{self._scale_types}", sizes | self._held, 4)
+
     def _warpgroup_prefill(self) -> CudaKernel:
         constants = macros(self.heads, self.kv_heads, self.head_dim, self.window, self.dtype)
         pointers = (("query", "*i16"), ("cos", "*i16"), ("sin", "*i16"), ("positions", "*i64"))
@@ -146,6 +156,8 @@ class AttentionTactic:
         )
 
     def workspace(self, dims: Dims) -> int:
+        if dims[0][1] != 1 and self._widens:
+            return self._wide_cache(dims)[2]
         if isinstance(self.decode, ClusterDecode):
             return 0
         arena, (batch, _, _), slots = Arena(), dims[0], dims[6][2]
@@ -166,15 +178,27 @@ class AttentionTactic:
                 return (self._cluster_launch(self.decode, batch, slots, scale),)
             return self._tiled_launches(self.decode, batch, slots, scale)
         append = (_KEY, _VALUE, _COS, _SIN, _POSITIONS, _KEYS, _VALUES, length, slots, *self._scales)
-        return (
-            Launch(_APPEND, (-(-length // _APPENDED_TOKENS), self.kv_heads, batch), append),
-            self._attend_launch(batch, length, slots, scale),
-        )
+        first = Launch(_APPEND, (-(-length // _APPENDED_TOKENS), self.kv_heads, batch), append)
+        if not self._widens:
+            return first, self._attend_launch(batch, length, slots, scale, (_KEYS, _VALUES))
+        keys, values, _ = self._wide_cache(dims)
+        args = (_KEYS, _VALUES, _POSITIONS, keys, values, length, slots, *self._scales)
+        grid = (-(-slots // _WIDENED_SLOTS), self.kv_heads, batch)
+        widen = Launch(len(self.kernels) - 1, grid, args, self._overlapped)
+        return first, widen, self._attend_launch(batch, length, slots, scale, (keys, values))
+
+    def _wide_cache(self, dims: Dims) -> tuple[Workspace, Workspace, int]:
+        """Where prefill's keys and values are as numbers, and the bytes of both."""
+        arena, count = Arena(), math.prod(dims[6])
+        return arena.take(2 * count), arena.take(2 * count), arena.size
 
     def _cluster_launch(self, decode: ClusterDecode, batch: int, slots: int, scale: float) -> Launch:
-        parts = decode.parts(batch * self.kv_heads, slots, self.processors)
+        tile = tile_slots(self.codes)
+        parts = decode.parts(batch * self.kv_heads, slots, self.processors, tile)
         new = (_QUERY, _KEY, _VALUE, _COS, _SIN, _POSITIONS)
-        args = (*new, *self._cache_maps(batch, slots, TILE_SLOTS), _KEYS, _VALUES, _OUTPUT, slots, scale)
+        dtype, columns = "int8" if self.codes else self.dtype, row_columns(self.codes)
+        maps = self._cache_maps(batch, slots, (_KEYS, _VALUES), dtype, (1, tile, columns))
+        args = (*new, *maps, _KEYS, _VALUES, _OUTPUT, slots, scale, *self._scales)
         return Launch(_DECODE, (parts, self.kv_heads, batch), args, cluster=parts)
 
     def _tiled_launches(self, decode: DecodeTiles, batch: int, slots: int, scale: float) -> tuple[Launch, ...]:
@@ -188,23 +212,31 @@ class AttentionTactic:
             return (attend,)
         return attend, Launch(_MERGE, (batch * self.heads, 1, 1), (mixed, sums, _OUTPUT, parts), self._overlapped)
 
-    def _attend_launch(self, batch: int, length: int, slots: int, scale: float) -> Launch:
+    def _attend_launch(
+        self, batch: int, length: int, slots: int, scale: float, cache: tuple[Output | Workspace, Output | Workspace]
+    ) -> Launch:
         tiles = -(-length // self.prefill.tokens)
         if isinstance(self.prefill, PrefillTiles):
             rows = batch * self.kv_heads * slots
             tiled = (_QUERY, _COS, _SIN, _POSITIONS, _KEYS, _VALUES, _OUTPUT, length, slots, scale, rows)
             tiled = (*tiled, *self._scales)
             return Launch(_PREFILL, (self.heads, tiles, batch), tiled, self._overlapped)
-        keys, values = self._cache_maps(batch, slots, self.prefill.slots)
+        keys, values = self._cache_maps(batch, slots, cache, self.dtype, (1, self.prefill.slots, 64))
         programs = min(self.processors, batch * self.heads * tiles)
         args = (_QUERY, _COS, _SIN, _POSITIONS, keys, values, _OUTPUT, batch, length, slots, scale)
         return Launch(_PREFILL, (programs, 1, 1), args, self._overlapped, persistent=True)
 
-    def _cache_maps(self, batch: int, slots: int, box: int) -> tuple[TensorMap, TensorMap]:
-        """Keys and values, ``box`` slots and 64 columns at a time."""
+    def _cache_maps(
+        self, batch: int, slots: int, cache: tuple[Output | Workspace, ...], dtype: str, box: tuple[int, int, int]
+    ) -> tuple[TensorMap, ...]:
+        """Keys and values, a ``box`` of heads, slots and columns at a time."""
         sizes, strides = (batch * self.kv_heads, slots, self.head_dim), (slots * self.head_dim, self.head_dim)
-        keys, values = (TensorMap(cache, self.dtype, sizes, strides, (1, box, 64)) for cache in (_KEYS, _VALUES))
-        return keys, values
+        return tuple(TensorMap(each, dtype, sizes, strides, box) for each in cache)
+
+    @property
+    def _widens(self) -> bool:
+        """Whether prefill reads a copy of the cache as numbers: a layer's, which is there only meanwhile."""
+        return self.codes > 0 and isinstance(self.prefill, WarpgroupPrefill)
 
     @property
     def _sizes(self) -> dict[str, int]:
@@ -263,11 +295,10 @@ def tactics(op: str, attributes: Mapping[str, Any], dims: Dims, dtype: str, sm: 
     sizes = (heads, kv_heads, head_dim, scale, window, dtype, sm)
     held = {"codes": codes, "context": op == "AttentionFp8Context"}
     tiled = AttentionTactic("tiled", *sizes, DecodeTiles(), PrefillTiles(), multiprocessors(sm), **held)
-    if codes:
-        return (tiled,)
     if sm != 90 or head_dim > 128:
         return (tiled,)
     decode = ClusterDecode() if heads // kv_heads <= LARGEST_GROUP else tiled.decode
-    prefill = WarpgroupPrefill() if head_dim % 16 == 0 else tiled.prefill
+    whole = head_dim % 16 == 0 and not tiled.context  # FP8 products are Triton's
+    prefill = WarpgroupPrefill() if whole else tiled.prefill
     warpgroups = replace(tiled, name="warpgroups", decode=decode, prefill=prefill)
     return (tiled,) if decode is tiled.decode and prefill is tiled.prefill else (warpgroups, tiled)

@@ -13,6 +13,7 @@ from interpreted import interpret, interpreter
 from opmodels import run_op
 
 from moecompiler.plugins.attention.cache_op import cache_spec
+from moecompiler.plugins.launch import AnyKernel, Dims, Input, Launch, Output
 from moecompiler.plugins.tactics import tactics
 from moecompiler.quantization.cache import decode_cache, encode_cache
 from moecompiler.quantization.schemes import Format
@@ -88,3 +89,47 @@ def test_attention(
             np.testing.assert_array_equal(*numbers)
         error = (got.float() - want.float()).norm() / want.float().norm()
         assert error < 2e-3, f"off by {error:.1e}"
+
+
+@dataclasses.dataclass(frozen=True)
+class OneLaunch:
+    """A tactic of one kernel, whose arguments are the inputs and the outputs in order, and then numbers."""
+
+    kernel: AnyKernel
+    launch: Launch
+    name: str = "one launch"
+
+    @property
+    def kernels(self) -> tuple[AnyKernel, ...]:
+        return (self.kernel,)
+
+    def workspace(self, dims: Dims) -> int:
+        return 0
+
+    def launches(self, dims: Dims) -> tuple[Launch, ...]:
+        return (self.launch,)
+
+
+@pytest.mark.parametrize(("op", "form"), [("AttentionInt8Cache", Format.INT8), ("AttentionFp8Cache", Format.E4M3)])
+def test_cache_as_numbers(interpreting: ProcessPoolExecutor, op: str, form: Format) -> None:
+    """What prefill on SM 9.0 reads: all slots up to the last that is seen, wherever in the row of positions that stands."""
+    inputs = attention_inputs([3, 60], 5, 4, 2, 64, 150, form)
+    inputs[5] = inputs[5].flip(1)
+    attributes = {"num_heads": 4, "num_kv_heads": 2, "scale": 0.125, "window": 0}
+    dims = tuple(tuple(each.shape) for each in inputs)
+    tactic = tactics(op, attributes, dims, "float16", 90)[0]
+    launch = tactic.launches(dims)[1]
+    kernel = tactic.kernels[launch.kernel]
+    assert tactic.workspace(dims) == 2 * 2 * inputs[6].numel()
+    arguments = (Input(6), Input(7), Input(5), Output(0), Output(1), *launch.args[5:])
+    constants = tuple(dict(kernel.constants, OVERLAPPED=False).items())
+    plan = OneLaunch(
+        dataclasses.replace(kernel, constants=constants), dataclasses.replace(launch, kernel=0, args=arguments)
+    )  # type: ignore[type-var]
+    outputs = [torch.full(inputs[6].shape, float("nan")).half() for _ in range(2)]
+    wide = interpreting.submit(interpret, op, attributes, "float16", inputs, outputs, plan).result()
+    for got, codes, scale in zip(wide, inputs[6:8], inputs[8:], strict=True):
+        want = torch.from_numpy(decode_cache(codes.numpy(), float(scale), form)).half()
+        for row, last in enumerate((7, 64)):
+            torch.testing.assert_close(got[row, :, : last + 1], want[row, :, : last + 1], rtol=0, atol=0)
+        assert got[0, :, 64:].isnan().all()
