@@ -92,7 +92,7 @@ class FloatProduct:
     def time(self, tokens: int) -> float:
         x = torch.randn(tokens, self.weights.shape[2], device="cuda").to(self.weights.dtype)
         y = torch.empty(tokens, self.weights.shape[1], dtype=x.dtype, device="cuda")
-        return microseconds([lambda w=w: torch.mm(x, w.T, out=y) for w in self.weights], 0.05)  # type: ignore[misc]
+        return microseconds([lambda w=w: torch.mm(x, w.T, out=y) for w in self.weights], 0.05)
 
 
 class Weights:

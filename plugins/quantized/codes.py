@@ -114,6 +114,89 @@ E2M1_TO_BFLOAT16 = tl.constexpr("""{
     fma.rn.bf16x2 $3, $3, c, zero;
 }""")
 
+# four codes to 16 bits, of which a word has two; those at bit 4 of a byte are 1024 + 16 u
+INT4_QUADS_TO_FLOAT16 = tl.constexpr("""{
+    .reg .b32 u, c, sixteenth, d;
+    mov.b32 c, 0x64086408;
+    mov.b32 sixteenth, 0x2c002c00;
+    mov.b32 d, 0xd480d480;
+    shr.u32 u, $4, 8;
+    lop3.b32 $0, $4, 0x000f000f, 0x64086408, 0x6a;
+    lop3.b32 $1, $4, 0x00f000f0, 0x64806480, 0x6a;
+    lop3.b32 $2, u, 0x000f000f, 0x64086408, 0x6a;
+    lop3.b32 $3, u, 0x00f000f0, 0x64806480, 0x6a;
+    sub.f16x2 $0, $0, c;
+    fma.rn.f16x2 $1, $1, sixteenth, d;
+    sub.f16x2 $2, $2, c;
+    fma.rn.f16x2 $3, $3, sixteenth, d;
+}""")
+
+INT4_QUADS_TO_BFLOAT16 = tl.constexpr("""{
+    .reg .b32 u, v, w, c, one;
+    mov.b32 c, 0xc308c308;
+    mov.b32 one, 0x3f803f80;
+    shr.u32 u, $4, 4;
+    shr.u32 v, $4, 8;
+    shr.u32 w, $4, 12;
+    lop3.b32 $0, $4, 0x000f000f, 0x43084308, 0x6a;
+    lop3.b32 $1, u, 0x000f000f, 0x43084308, 0x6a;
+    lop3.b32 $2, v, 0x000f000f, 0x43084308, 0x6a;
+    lop3.b32 $3, w, 0x000f000f, 0x43084308, 0x6a;
+    fma.rn.bf16x2 $0, $0, one, c;
+    fma.rn.bf16x2 $1, $1, one, c;
+    fma.rn.bf16x2 $2, $2, one, c;
+    fma.rn.bf16x2 $3, $3, one, c;
+}""")
+
+E2M1_QUADS_TO_FLOAT16 = tl.constexpr("""{
+    .reg .b32 s, t, c;
+    mov.b32 c, 0x74007400;
+    shl.b32 s, $4, 12;
+    and.b32 s, s, 0x80008000;
+    shl.b32 t, $4, 9;
+    lop3.b32 $0, t, 0x0e000e00, s, 0xea;
+    shl.b32 s, $4, 8;
+    and.b32 s, s, 0x80008000;
+    shl.b32 t, $4, 5;
+    lop3.b32 $1, t, 0x0e000e00, s, 0xea;
+    shl.b32 s, $4, 4;
+    and.b32 s, s, 0x80008000;
+    shl.b32 t, $4, 1;
+    lop3.b32 $2, t, 0x0e000e00, s, 0xea;
+    and.b32 s, $4, 0x80008000;
+    shr.u32 t, $4, 3;
+    lop3.b32 $3, t, 0x0e000e00, s, 0xea;
+    mul.f16x2 $0, $0, c;
+    mul.f16x2 $1, $1, c;
+    mul.f16x2 $2, $2, c;
+    mul.f16x2 $3, $3, c;
+}""")
+
+E2M1_QUADS_TO_BFLOAT16 = tl.constexpr("""{
+    .reg .b32 s, t, c, zero;
+    mov.b32 c, 0x7e807e80;
+    mov.b32 zero, 0x80008000;
+    shl.b32 s, $4, 12;
+    and.b32 s, s, 0x80008000;
+    shl.b32 t, $4, 6;
+    lop3.b32 $0, t, 0x01c001c0, s, 0xea;
+    shl.b32 s, $4, 8;
+    and.b32 s, s, 0x80008000;
+    shl.b32 t, $4, 2;
+    lop3.b32 $1, t, 0x01c001c0, s, 0xea;
+    shl.b32 s, $4, 4;
+    and.b32 s, s, 0x80008000;
+    shr.u32 t, $4, 2;
+    lop3.b32 $2, t, 0x01c001c0, s, 0xea;
+    and.b32 s, $4, 0x80008000;
+    shr.u32 t, $4, 6;
+    lop3.b32 $3, t, 0x01c001c0, s, 0xea;
+    fma.rn.bf16x2 $0, $0, c, zero;
+    fma.rn.bf16x2 $1, $1, c, zero;
+    fma.rn.bf16x2 $2, $2, c, zero;
+    fma.rn.bf16x2 $3, $3, c, zero;
+}""")
+
 _TWO = tl.constexpr("=&r,=&r,r")
 _FOUR = tl.constexpr("=&r,=&r,=&r,=&r,r")
 
@@ -172,6 +255,18 @@ def neighbours(pairs, dtype: tl.constexpr):
 
 
 @triton.jit
+def _neighbour(quads, place: tl.constexpr, dtype: tl.constexpr):
+    return (quads >> (16 * place)).to(tl.int16).to(dtype, bitcast=True)
+
+
+@triton.jit
+def four_neighbours(quads, dtype: tl.constexpr):
+    """Four neighbours of 16 bits, loaded as int64 → ``dtype``: the first ones, the second ones, and so on."""
+    first, second = _neighbour(quads, 0, dtype), _neighbour(quads, 1, dtype)
+    return first, second, _neighbour(quads, 2, dtype), _neighbour(quads, 3, dtype)
+
+
+@triton.jit
 def _e2m1_number(code, dtype: tl.constexpr):
     bits = (((code & 8) << 12) | ((code & 7) << 9)).to(tl.int16)
     return (bits.to(tl.float16, bitcast=True).to(tl.float32) * 16384.0).to(dtype)
@@ -192,6 +287,42 @@ def e2m1_numbers(packed, dtype: tl.constexpr, fast: tl.constexpr):
         wide = packed.to(tl.int32)
         low, high = _e2m1_number(wide, dtype), _e2m1_number(wide >> 4, dtype)
     return low, high
+
+
+@triton.jit
+def _int4_of_quad(quads, place: tl.constexpr, dtype: tl.constexpr):
+    return ((quads << (12 - 4 * place)) >> 12).to(tl.float32).to(dtype)
+
+
+@triton.jit
+def int4_quads(quads, dtype: tl.constexpr, fast: tl.constexpr):
+    """Four int4 to an int16 → numbers: the first ones, the second ones, and so on."""
+    if fast and dtype == tl.float16:
+        types: tl.constexpr = (tl.float16, tl.float16, tl.float16, tl.float16)
+        a, b, c, d = tl.inline_asm_elementwise(INT4_QUADS_TO_FLOAT16, _FOUR, [quads], types, is_pure=True, pack=2)
+    elif fast and dtype == tl.bfloat16:
+        types: tl.constexpr = (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16)
+        a, b, c, d = tl.inline_asm_elementwise(INT4_QUADS_TO_BFLOAT16, _FOUR, [quads], types, is_pure=True, pack=2)
+    else:
+        a, b = _int4_of_quad(quads, 0, dtype), _int4_of_quad(quads, 1, dtype)
+        c, d = _int4_of_quad(quads, 2, dtype), _int4_of_quad(quads, 3, dtype)
+    return a, b, c, d
+
+
+@triton.jit
+def e2m1_quads(quads, dtype: tl.constexpr, fast: tl.constexpr):
+    """Four E2M1 to an int16 → numbers, as ``int4_quads``."""
+    if fast and dtype == tl.float16:
+        types: tl.constexpr = (tl.float16, tl.float16, tl.float16, tl.float16)
+        a, b, c, d = tl.inline_asm_elementwise(E2M1_QUADS_TO_FLOAT16, _FOUR, [quads], types, is_pure=True, pack=2)
+    elif fast and dtype == tl.bfloat16:
+        types: tl.constexpr = (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16)
+        a, b, c, d = tl.inline_asm_elementwise(E2M1_QUADS_TO_BFLOAT16, _FOUR, [quads], types, is_pure=True, pack=2)
+    else:
+        wide = quads.to(tl.int32)
+        a, b = _e2m1_number(wide, dtype), _e2m1_number(wide >> 4, dtype)
+        c, d = _e2m1_number(wide >> 8, dtype), _e2m1_number(wide >> 12, dtype)
+    return a, b, c, d
 
 
 @triton.jit

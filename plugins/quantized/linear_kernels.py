@@ -2,7 +2,7 @@
 
 Shapes: T tokens, OUT and IN the weight's rows and columns. ``KIND`` says what ``codes`` are: ``int8`` and ``fp8`` bytes
 ``[OUT, IN]``, ``int4``, ``int4_asymmetric`` and ``nvfp4`` two to a byte ``[OUT, IN / 2]``. Where there are two to a byte they
-are never put in order: low halves meet the even columns of x, high ones the odd ones.
+are never put in order: they are sorted by their place in the byte, or in two, and meet columns of x sorted alike.
 
 ``scales`` are one for each ``BLOCK`` columns ``[OUT, IN / BLOCK]``, or one for each row where ``BLOCK`` is 0. ``more`` is what a
 kind has besides: zero points ``[OUT, IN / BLOCK]`` int8 of ``int4_asymmetric``, global scales ``[OUT]`` float32 of ``nvfp4``,
@@ -14,9 +14,11 @@ import triton.language as tl
 
 from moecompiler.plugins.quantized.codes import (
     e2m1_numbers,
+    e2m1_quads,
     e4m3_numbers,
     e4m3_rounded,
-    int4_numbers,
+    four_neighbours,
+    int4_quads,
     int4_wide,
     int8_numbers,
     neighbours,
@@ -27,6 +29,12 @@ from moecompiler.plugins.quantized.codes import (
 def _pairs(x):
     """Where x's neighbours of 16 bits lie, two by two."""
     return x.to(tl.pointer_type(tl.int32), bitcast=True)
+
+
+@triton.jit
+def _quads(x):
+    """The same, four by four."""
+    return x.to(tl.pointer_type(tl.int64), bitcast=True)
 
 
 @triton.jit
@@ -166,17 +174,18 @@ def tile_of_halves(
     SCALED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, FAST: tl.constexpr, NATIVE: tl.constexpr,
     OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
-    """The same of two codes to a byte, K columns at a time; ``share`` is in bytes of codes.
+    """The same of two codes to a byte, K columns at a time, four to 16 bits; ``share`` is in these.
 
-    With ``SPLIT`` x is ``[2, T, IN / 2]``, even columns and odd ones. ``SCALED``: products of a block are summed, then scaled;
+    With ``SPLIT`` x is ``[4, T, IN / 4]``, columns 0, 4, 8, … and so on. ``SCALED``: products of a block are summed, then scaled;
     else weights are scaled, and rounded, before."""
     row = tl.program_id(1) * N + tl.arange(0, N)
     token = tl.program_id(0) * M + tl.arange(0, M)
-    k = tl.arange(0, K // 2)
+    k = tl.arange(0, K // 4)
     part = tl.program_id(2)
     dtype: tl.constexpr = x.dtype.element_ty
-    rows = codes + row.to(tl.int64)[:, None] * (IN // 2) + k[None, :]
-    columns = token.to(tl.int64)[None, :] * (IN // 2) + k[:, None]
+    rows = codes.to(tl.pointer_type(tl.int16), bitcast=True) + row.to(tl.int64)[:, None] * (IN // 4) + k[None, :]
+    columns = token.to(tl.int64)[None, :] * (IN // 4) + k[:, None]
+    plane = tokens.to(tl.int64) * (IN // 4)
     blocks: tl.constexpr = IN // BLOCK if BLOCK > 0 else 1
     steps: tl.constexpr = K // BLOCK if BLOCK > 0 and BLOCK < K else 1  # blocks in a tile
     step = tl.arange(0, steps)
@@ -185,38 +194,40 @@ def tile_of_halves(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     result = tl.zeros([N, M], tl.float32)
-    for first in range(part * share, min(IN // 2, (part + 1) * share), K // 2):
-        inside = first + k < IN // 2
-        packed = tl.load(
-            rows + first, mask=there_row[:, None] & inside[None, :], other=0, eviction_policy="evict_first"
-        )
+    for first in range(part * share, min(IN // 4, (part + 1) * share), K // 4):
+        inside = first + k < IN // 4
+        quads = tl.load(rows + first, mask=there_row[:, None] & inside[None, :], other=0, eviction_policy="evict_first")
         some = (token < tokens)[None, :] & inside[:, None]
         if SPLIT:
-            even = tl.load(x + columns + first, mask=some, other=0.0)
-            odd = tl.load(x + tokens.to(tl.int64) * (IN // 2) + columns + first, mask=some, other=0.0)
+            xa = tl.load(x + columns + first, mask=some, other=0.0)
+            xb = tl.load(x + plane + columns + first, mask=some, other=0.0)
+            xc = tl.load(x + 2 * plane + columns + first, mask=some, other=0.0)
+            xd = tl.load(x + 3 * plane + columns + first, mask=some, other=0.0)
         else:
-            even, odd = neighbours(tl.load(_pairs(x) + columns + first, mask=some, other=0), dtype)
+            xa, xb, xc, xd = four_neighbours(tl.load(_quads(x) + columns + first, mask=some, other=0), dtype)
         if KIND == "nvfp4":
-            low, high = e2m1_numbers(packed, dtype, FAST)
+            a, b, c, d = e2m1_quads(quads, dtype, FAST)
         else:
-            low, high = int4_numbers(packed, dtype, FAST)
-        block = 2 * first // BLOCK + step if BLOCK > 0 else step
+            a, b, c, d = int4_quads(quads, dtype, FAST)
+        block = 4 * first // BLOCK + step if BLOCK > 0 else step
         place = row.to(tl.int64)[:, None] * blocks + block[None, :]
         known = there_row[:, None] & (block < blocks)[None, :]
         if KIND == "int4_asymmetric":
-            zeros = tl.load(more + place, mask=known, other=0).to(tl.float32).to(dtype)
-            low, high = low - _along(zeros, N, K // 2), high - _along(zeros, N, K // 2)
+            zeros = _along(tl.load(more + place, mask=known, other=0).to(tl.float32).to(dtype), N, K // 4)
+            a, b, c, d = a - zeros, b - zeros, c - zeros, d - zeros
         if BLOCK > 0:
             if KIND == "nvfp4":
                 scale = e4m3_numbers(tl.load(scales + place, mask=known, other=0), dtype, NATIVE)
             else:
                 scale = tl.load(scales + place, mask=known, other=0.0)
             if not SCALED:
-                low, high = low * _along(scale, N, K // 2), high * _along(scale, N, K // 2)
+                all_scales = _along(scale, N, K // 4)
+                a, b, c, d = a * all_scales, b * all_scales, c * all_scales, d * all_scales
         if SCALED:
-            result += tl.dot(high, odd, tl.dot(low, even)) * tl.broadcast_to(scale.to(tl.float32), [N, M])
+            sums = tl.dot(d, xd, tl.dot(c, xc, tl.dot(b, xb, tl.dot(a, xa))))
+            result += sums * tl.broadcast_to(scale.to(tl.float32), [N, M])
         else:
-            result = tl.dot(high, odd, tl.dot(low, even, result))
+            result = tl.dot(d, xd, tl.dot(c, xc, tl.dot(b, xb, tl.dot(a, xa, result))))
     result = _of_rows(result, scales, more, row, there_row, KIND, BLOCK)
     at = y + (part * tokens + token).to(tl.int64)[:, None] * OUT + row[None, :]
     mask = (token < tokens)[:, None] & there_row[None, :]
@@ -232,16 +243,20 @@ def _along(values, N: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def split(x, split_x, tokens, IN: tl.constexpr, COLUMNS: tl.constexpr, OVERLAPPED: tl.constexpr):
-    """``x [T, IN]`` → ``split_x [2, T, IN / 2]``, the even columns and the odd ones. Program (t, i): of token t."""
+    """``x [T, IN]`` → ``split_x [4, T, IN / 4]``: columns 0, 4, 8, …; 1, 5, 9, …; and so on. Program (t, i): of token t."""
     if OVERLAPPED:
         tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
-    pair = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    there = pair < IN // 2
-    pairs = tl.load(_pairs(x) + token * (IN // 2) + pair, mask=there, other=0)
-    even, odd = neighbours(pairs, x.dtype.element_ty)
-    tl.store(split_x + token * (IN // 2) + pair, even, mask=there)
-    tl.store(split_x + (tokens + token) * (IN // 2) + pair, odd, mask=there)
+    quad = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    there = quad < IN // 4
+    quads = tl.load(_quads(x) + token * (IN // 4) + quad, mask=there, other=0)
+    a, b, c, d = four_neighbours(quads, x.dtype.element_ty)
+    at = split_x + token * (IN // 4) + quad
+    plane = tokens.to(tl.int64) * (IN // 4)
+    tl.store(at, a, mask=there)
+    tl.store(at + plane, b, mask=there)
+    tl.store(at + 2 * plane, c, mask=there)
+    tl.store(at + 3 * plane, d, mask=there)
 
 
 @triton.jit

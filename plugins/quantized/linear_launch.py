@@ -16,6 +16,7 @@ from moecompiler.plugins.launch import (
     TRITON_TYPES,
     AnyKernel,
     Arena,
+    Argument,
     Dims,
     Input,
     Kernel,
@@ -147,13 +148,13 @@ class LinearTactic:
         x: Input | Workspace = Input(0)
         if tile.prepared and weight.kind != "int8":
             x = arena.take(tokens * weight.columns * (1 if weight.kind == "fp8" and self._native else 2))
-            columns = weight.columns // 2 if weight.halves else weight.columns
-            args = (Input(0), x, tokens) if weight.halves else (Input(0), more, x)
-            launches.append(Launch(order["prepare",], (tokens, -(-columns // MOVED_COLUMNS), 1), args))
+            columns = weight.columns // 4 if weight.halves else weight.columns
+            prepared: tuple[Argument, ...] = (Input(0), x, tokens) if weight.halves else (Input(0), more, x)
+            launches.append(Launch(order["prepare",], (tokens, -(-columns // MOVED_COLUMNS), 1), prepared))
         parts, share = self._division(tile, tokens)
         y: Output | Workspace = Output(0) if parts == 1 else arena.take(4 * parts * tokens * weight.out)
         grid = (-(-tokens // tile.m), -(-weight.out // tile.n), parts)
-        args = (x, Input(1), scales, more, y, tokens, share // 2 if weight.halves else share)
+        args = (x, Input(1), scales, more, y, tokens, share // 4 if weight.halves else share)
         launches.append(Launch(order[tile, parts > 1], grid, args, self._overlapped and bool(launches)))
         if parts > 1:
             grid = (tokens, -(-weight.out // MOVED_COLUMNS), 1)
@@ -178,7 +179,7 @@ class LinearTactic:
 
     def _divided_most(self, tokens: int) -> list[int]:
         """For each tile, the most tokens below ``tokens`` that are divided into each number of parts."""
-        result = []
+        result: list[int] = []
         for tile in self.tiles:
             rows = range(tile.m, min(tokens, tile.tokens or tokens), tile.m)
             last = {self._division(tile, count)[0]: count for count in rows if self._parts(tile, count) > 1}
@@ -298,7 +299,7 @@ def fitting_columns(weight: Weight, wanted: int) -> int:
     k = min(wanted, power_of_two(weight.columns))
     while weight.block and k % weight.block and weight.block % k:
         k //= 2
-    return k if k >= 32 else 0
+    return k if k >= (64 if weight.halves else 32) else 0
 
 
 def weight_of(op: str, attributes: Mapping[str, Any], dims: Dims) -> Weight | None:

@@ -76,7 +76,7 @@ def test_many_tokens(pool: ProcessPoolExecutor, form: Format) -> None:
     """x rounded or split first, weights scaled before the product; no multiple of a tile."""
     weight = RandomWeight(form, 40, 192, torch.float16)
     last = Tile(0, 32, 32, 128, programs=1, least=64, prepared=True, scaled=False)
-    check(pool, weight, tactic_of(weight, None, Tile(4, 16, 16, 32), last), 2, 17)
+    check(pool, weight, tactic_of(weight, None, Tile(4, 16, 16, 64), last), 2, 17)
 
 
 def test_divided_among_programs() -> None:
