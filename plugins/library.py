@@ -30,11 +30,17 @@ def plugin_ops() -> dict[str, PluginOp]:
     from moecompiler.plugins.attention.cache_op import ATTENTION_SPECS
     from moecompiler.plugins.attention.op import ATTENTION
     from moecompiler.plugins.moe.op import moe_spec
+    from moecompiler.plugins.quantized.dequantize import forms
+    from moecompiler.plugins.quantized.linear import linear_spec
+    from moecompiler.plugins.quantized.moe import quantized_moe_spec
     from moecompiler.plugins.rmsnorm.op import ADD_RMS_NORM, RMS_NORM
 
     anyhow = moe_spec(NormalizationMode.RENORMALIZE, 2)  # inputs and attributes are the same in every mode
     ops = (PluginOp(RMS_NORM), PluginOp(ADD_RMS_NORM), PluginOp(anyhow))
     ops += tuple(PluginOp(spec, {1: 6, 2: 7}) for spec in (ATTENTION, *ATTENTION_SPECS))  # caches are written in place
+    for form in forms():
+        if not form.ordered:  # features in another order: only the body can
+            ops += PluginOp(quantized_moe_spec(NormalizationMode.RENORMALIZE, 2, form)), PluginOp(linear_spec(form))
     return {op.spec.name: op for op in ops}
 
 

@@ -9,15 +9,15 @@ from moecompiler.plugins.attention import launch as attention
 from moecompiler.plugins.attention.cache_op import ATTENTION_SPECS
 from moecompiler.plugins.launch import Dims, Tactic
 from moecompiler.plugins.moe import launch as moe
+from moecompiler.plugins.quantized import linear_launch as quantized_linear
 from moecompiler.plugins.quantized import moe_launch as quantized_moe
 from moecompiler.plugins.quantized.moe_node import moe_forms
 from moecompiler.plugins.rmsnorm import launch as rmsnorm
 
 _OPS = {"RMSNorm": rmsnorm, "AddRMSNorm": rmsnorm, "MoE": moe, "Attention": attention}
 _OPS |= dict.fromkeys((spec.name for spec in ATTENTION_SPECS), attention)
-_OPS |= dict.fromkeys(
-    moe_forms(), quantized_moe
-)
+_OPS |= dict.fromkeys(moe_forms(), quantized_moe)
+_OPS |= dict.fromkeys((op.replace("MoE", "Linear") for op in moe_forms()), quantized_linear)
 
 
 def tactics(op: str, attributes: Mapping[str, Any], dims: Dims, dtype: str, sm: int) -> tuple[Tactic, ...]:

@@ -30,7 +30,8 @@ from moecompiler.runtime.device import checked, driver
 from moecompiler.runtime.lifetime import never_freed
 
 _TYPES = {trt.DataType.HALF: "float16", trt.DataType.BF16: "bfloat16", trt.DataType.FLOAT: "float32"}
-_WHOLE = {"int64": trt.DataType.INT64, "int8": trt.DataType.INT8}
+_KEPT = {"int64": trt.DataType.INT64, "float32": trt.DataType.FLOAT}
+_KEPT |= dict.fromkeys(("int8", "int4", "float8_e4m3fn"), trt.DataType.INT8)  # codes come as bytes
 _NUMBERS = {int: (trt.PluginFieldType.INT32, np.int32), float: (trt.PluginFieldType.FLOAT32, np.float32)}
 _BASES = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime)
 
@@ -98,20 +99,20 @@ class FusedOp(*_BASES):  # type: ignore[misc]
         desc, first = in_out[position].desc, next(i for i, value in enumerate(values) if value.type == "T")
         if desc.format != trt.TensorFormat.LINEAR:
             return False
-        if values[position].type in _WHOLE:
-            return desc.type == _WHOLE[values[position].type]
+        if values[position].type in _KEPT:
+            return desc.type == _KEPT[values[position].type]
         return desc.type in _TYPES and desc.type == in_out[first].desc.type
 
     def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         first = next(i for i, value in enumerate(self.op.spec.inputs) if value.type == "T")
-        self._bake(_shapes(each.desc.dims for each in inputs), _TYPES[inputs[first].desc.type], _sm())
+        self._bake(self._dims(each.desc.dims for each in inputs), _TYPES[inputs[first].desc.type], _sm())
 
     def get_valid_tactics(self) -> list[int]:
         return list(range(1, len(self.baked.tactics) + 1))
 
     def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
         """For every tactic at the largest shapes: which will be set is not known yet."""
-        dims = _shapes(each.max for each in inputs)
+        dims = self._dims(each.max for each in inputs)
         return max(
             tactic.workspace(dims) + scratch_bytes(tactic.launches(dims), baked.cubins)
             for tactic, baked in zip(self._tactics, self.baked.tactics, strict=True)
@@ -142,7 +143,7 @@ class FusedOp(*_BASES):  # type: ignore[misc]
         stream: int,
     ) -> int:
         tactic, functions = self._ready
-        dims = _shapes(each.dims for each in input_desc)
+        dims = self._dims(each.dims for each in input_desc)
         scratch = workspace + tactic.workspace(dims)
         run(functions, tactic.launches(dims), inputs, outputs, workspace, scratch, stream)
         return 0
@@ -156,6 +157,12 @@ class FusedOp(*_BASES):  # type: ignore[misc]
         return self._collection
 
     # what both share
+
+    def _dims(self, dims: Iterable[Any]) -> Dims:
+        """The inputs' shapes as the graph has them: of int4, TensorRT has bytes of two."""
+        values = self.op.spec.inputs
+        shapes = zip(values, (tuple(each[axis] for axis in range(len(each))) for each in dims), strict=True)
+        return tuple((*shape[:-1], 2 * shape[-1]) if value.type == "int4" else shape for value, shape in shapes)
 
     @cached_property
     def _tactics(self) -> tuple[Tactic, ...]:
@@ -252,11 +259,6 @@ def check_fields() -> None:
             f"TensorRT {trt.__version__}'s Python bindings misread arrays of numpy {np.__version__}, and plugins would be"
             " corrupt: pip install 'numpy<2', or use --plugins off"
         )
-
-
-def _shapes(dims: Iterable[Any]) -> Dims:
-    """TensorRT's dims as tuples."""
-    return tuple(tuple(each[axis] for axis in range(len(each))) for each in dims)
 
 
 def _twin(op: PluginOp, output: Value) -> int:

@@ -172,7 +172,7 @@ class _Failed(int):
 
 
 class DataType(enum.Enum):
-    FLOAT, HALF, BF16, INT64 = range(4)
+    FLOAT, HALF, BF16, INT64, INT8 = range(5)
 
 
 _TYPES = {"tensor(float)": DataType.FLOAT, "tensor(float16)": DataType.HALF, "tensor(int64)": DataType.INT64}
@@ -181,6 +181,7 @@ _NUMPY = {
     DataType.HALF: np.float16,
     DataType.BF16: ml_dtypes.bfloat16,
     DataType.INT64: np.int64,
+    DataType.INT8: np.int8,
 }
 
 

@@ -1,4 +1,4 @@
-"""Layers of quantized experts, of random codes: what a node takes, and which numbers that stands for; for benchmarks and tests."""
+"""Layers of quantized experts of random codes, what a node takes of them and what it stands for: for benchmarks and tests."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from moecompiler.ops import VERSION, plugin_name
 from moecompiler.plugin_switches import Mode, PluginSwitches
 from moecompiler.weights import NUMPY_DTYPES, Recipe, Shape
 
+_AS_BYTES = (TensorProto.INT4, TensorProto.FLOAT8E4M3FN)  # TensorRT 10.6 has no INT4 inputs, of plugins or of engines
 LARGE = 1 << 30  # bytes of expert weights from which on they stay out of the plan, unless told otherwise
 
 
@@ -28,13 +29,15 @@ LARGE = 1 << 30  # bytes of expert weights from which on they stay out of the pl
 class Prepared:
     """``program``: what the parser reads, its weights those that are baked in; ``bound``: weights that are engine inputs of the
     same name. ``plugins``: names of the nodes that are plugins, with their ops. ``aliases``: tensors that are written in place
-    of an input: output → input. ``notes``: what was asked for and is not so."""
+    of an input: output → input. ``notes``: what was asked for and is not so. ``as_bytes``: codes that plugins get as int8, as
+    they are stored."""
 
     program: Program
     bound: Mapping[str, Recipe]
     plugins: Mapping[str, str]
     aliases: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    as_bytes: frozenset[str] = frozenset()
 
 
 Tidy = Callable[[Program], Program]
@@ -62,9 +65,11 @@ def prepare(
     model = program.model
     weights = inline_literals(model, program.weights)
     bound, baked_notes = choose_bound(model, settings, weights)
+    as_bytes = codes_of_plugins(model, chosen)
+    hold_as_bytes(model, as_bytes)
     make_inputs(model, bound)
     baked = {name: recipe for name, recipe in weights.items() if name not in bound}
-    return Prepared(Program(model, baked), bound, chosen, aliases, (*notes, *baked_notes))
+    return Prepared(Program(model, baked), bound, chosen, aliases, (*notes, *baked_notes), as_bytes)
 
 
 def choose_plugins(
@@ -185,6 +190,30 @@ def choose_bound(
     return bound, [told] if external and len(bound) < len(experts) else []
 
 
+def codes_of_plugins(model: onnx.ModelProto, chosen: Mapping[str, str]) -> frozenset[str]:
+    """Initializers of types that plugins get as bytes.
+
+    Raises: UserError where an operator reads them too, as numbers.
+    """
+    codes = {tensor.name for tensor in model.graph.initializer if tensor.data_type in _AS_BYTES}
+    by_plugins = {name for node in model.graph.node if node.name in chosen for name in node.input} & codes
+    for node in model.graph.node:
+        if node.name not in chosen and (shared := by_plugins.intersection(node.input)):
+            raise UserError(
+                f"{node.name} reads {min(shared)}, which a plugin reads too: with --plugins, make both plugins or none"
+            )
+    return frozenset(by_plugins)
+
+
+def hold_as_bytes(model: onnx.ModelProto, names: frozenset[str]) -> None:
+    """Their initializers become int8, two of int4 in one; the bytes stay what they are."""
+    for tensor in model.graph.initializer:
+        if tensor.name in names:
+            if tensor.data_type == TensorProto.INT4:
+                tensor.dims[-1] //= 2
+            tensor.data_type = TensorProto.INT8
+
+
 def make_inputs(model: onnx.ModelProto, bound: Mapping[str, Recipe]) -> None:
     """Initializers become inputs of the graph."""
     kept: list[TensorProto] = []
@@ -200,4 +229,6 @@ def make_inputs(model: onnx.ModelProto, bound: Mapping[str, Recipe]) -> None:
 
 def serialized(prepared: Prepared, weights_file: str) -> bytes:
     """The ONNX file whose baked weights are in ``weights_file`` beside it."""
-    return point_weights_at(prepared.program, weights_file).model.SerializeToString(deterministic=True)
+    model = point_weights_at(prepared.program, weights_file).model
+    hold_as_bytes(model, prepared.as_bytes)
+    return model.SerializeToString(deterministic=True)

@@ -145,6 +145,28 @@ def test_types_and_shapes(setting: Setting) -> None:
     assert not supported(9, layout="vectorized")
 
 
+def test_codes_come_as_bytes(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of int4 in one, so inputs are half as wide as the graph has them; scales are floats, all of NVFP4 but global ones int8."""
+    moe = setting.made("MoEInt4Asymmetric", top_k=2, normalization_mode=1, block_size=64)
+    half, byte = DataType.HALF, DataType.INT8
+    kinds = [half, half, *(byte, half, byte) * 2, DataType.INT64, half]
+    good = [desc(1, kind=kind) for kind in kinds]
+    assert all(moe.supports_format_combination(position, good, 9) for position in range(10))
+    assert not moe.supports_format_combination(2, [*good[:2], desc(1, kind=half), *good[3:]], 9)
+    monkeypatch.setattr(setting.plugin, "_sm", lambda: 80)
+    asked: list[Any] = []
+    monkeypatch.setattr(setting.plugin, "tactics", lambda *arguments: asked.append(arguments) or ())
+    blocks, rows = (2 * 2 * 128, 1), (2 * 64, 2)
+    shapes = [(-1, 64), (8, 64), (blocks[0], 32), blocks, blocks, (rows[0], 64), rows, rows, (2,)]
+    moe.configure_plugin([desc(*shape, kind=kind) for shape, kind in zip(shapes, kinds, strict=False)], [])
+    ((op, attributes, dims, dtype, sm),) = asked
+    assert (op, dims[2], dims[5], dims[4]) == ("MoEInt4Asymmetric", (512, 64), (128, 128), blocks)
+    assert (attributes["block_size"], dtype, sm) == (64, "float16", 80)
+    nvfp4 = setting.made("LinearNvfp4")
+    codes = [desc(1), *(desc(1, kind=kind) for kind in (byte, byte, DataType.FLOAT)), desc(1)]
+    assert all(nvfp4.supports_format_combination(position, codes, 4) for position in range(5))
+
+
 def test_workspace_holds_every_tactic(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the largest shapes, Triton's scratch included, for which tactic will be set is not known."""
     node = configured(setting, monkeypatch)
@@ -163,7 +185,7 @@ def test_workspace_holds_every_tactic(setting: Setting, monkeypatch: pytest.Monk
     baked = tuple(BakedTactic(way.name, setting.plugin.fingerprint(()), (cubin,)) for way in ways)
     node = node.clone()
     node.baked = replace(node.baked, tactics=baked)
-    assert node.get_workspace_size([desc(-1, -1, 256)], []) == 256 + 128 * 5 * 64
+    assert node.get_workspace_size([desc(-1, -1, 256), desc(-1, -1, 256), desc(256)], []) == 256 + 128 * 5 * 64
 
 
 def test_misread_arrays_are_noticed(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +207,7 @@ def test_register_once(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(atexit, "register", lambda *call: at_exit.append(call))
     TensorRTPlugins().register()
     registry = setting.tensorrt.get_plugin_registry()
-    names = ["RMSNorm", "AddRMSNorm", "Attention", "MoE", "AllReduce", "AllGather"]
+    names = [*plugin_ops(), "AllReduce", "AllGather"]
     found = [registry.get_creator(f"{name}Plugin", "1", "moecompiler") for name in names]
     assert None not in found
     TensorRTPlugins().register()
