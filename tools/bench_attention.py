@@ -3,12 +3,16 @@
 Decode's floor is reading the visible keys and values once, at the bandwidth that a kernel that only reads reaches. Prefill's
 is the arithmetic of the two products below the diagonal, at torch's rate for large matrices. Both are measured in the same run,
 torch's rate right after each row, since a card that has been at work clocks lower.
+
+``--caches floats int8 fp8 fp8_context`` measures caches of codes too; ``fp8_context`` also multiplies FP8 in prefill, whose
+floor stays that of the model's type.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -27,9 +31,18 @@ from moecompiler.tools.kernel_timing import (
 )
 
 
+FLOATS = "floats"
+OPS = {
+    FLOATS: "Attention",
+    "int8": "AttentionInt8Cache",
+    "fp8": "AttentionFp8Cache",
+    "fp8_context": "AttentionFp8Context",
+}
+
+
 @dataclass(frozen=True)
 class Case:
-    """``new`` tokens in each of ``batch`` sequences behind ``past`` ones, in a cache of ``slots``."""
+    """``new`` tokens in each of ``batch`` sequences behind ``past`` ones, in a cache of ``slots`` that holds what ``OPS`` names."""
 
     batch: int
     new: int
@@ -38,6 +51,16 @@ class Case:
     heads: int = 32
     kv_heads: int = 8
     head_dim: int = 128
+    cache: str = FLOATS
+
+    @property
+    def op(self) -> str:
+        return OPS[self.cache]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of a number in the cache."""
+        return 2 if self.cache == FLOATS else 1
 
     @property
     def attributes(self) -> dict[str, int | float]:
@@ -49,7 +72,8 @@ class Case:
         cache = (self.batch, self.kv_heads, self.slots, self.head_dim)
         angles = (self.batch, 1, self.new, self.head_dim)
         rows = [(self.batch, self.new, n * self.head_dim) for n in (self.heads, self.kv_heads, self.kv_heads)]
-        return (*rows, angles, angles, (self.batch, self.new), cache, cache)
+        scales = () if self.cache == FLOATS else ((1,), (1,))
+        return (*rows, angles, angles, (self.batch, self.new), cache, cache, *scales)
 
 
 CASES = (
@@ -92,33 +116,74 @@ def random_inputs(case: Case, dtype: torch.dtype) -> Tensors:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, dtype=dtype, device="cuda")
 
-    *rows, _, _, _, cache, _ = case.dims
+    rows, cache = case.dims[:3], case.dims[6]
     positions = (case.past + torch.arange(case.new, device="cuda")).repeat(case.batch, 1)
     steps = torch.arange(case.head_dim // 2, device="cuda").repeat(2) / (case.head_dim // 2)
     angles = positions[:, None, :, None].float() * 1e6**-steps
     new = [random(*shape) for shape in rows]
-    return [*new, angles.cos().to(dtype), angles.sin().to(dtype), positions, random(*cache), random(*cache)]
+    inputs = [*new, angles.cos().to(dtype), angles.sin().to(dtype), positions]
+    if case.cache == FLOATS:
+        return [*inputs, random(*cache), random(*cache)]
+    scales = [
+        torch.tensor([scale], dtype=dtype, device="cuda")
+        for scale in ((0.04, 0.03) if case.cache == "int8" else (0.01, 0.01))
+    ]
+    return [*inputs, *(to_codes(random(*cache), scale, case.cache).view(torch.int8) for scale in scales), *scales]
+
+
+def to_codes(x: torch.Tensor, scale: torch.Tensor, cache: str) -> torch.Tensor:
+    """int8, or torch's own E4M3."""
+    steps = x.float() / scale.float()
+    if cache == "int8":
+        return steps.round().clamp(-127, 127).to(torch.int8)
+    return steps.clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+def cached(
+    past: torch.Tensor, new: torch.Tensor, at: torch.Tensor, scale: torch.Tensor | None, cache: str
+) -> torch.Tensor:
+    """A sequence's keys or values as numbers, ``new`` among them, float32."""
+    if scale is None:
+        numbers, written = past.float(), new.float()
+    else:
+        written = to_codes(new, scale, cache).float() * scale.float()
+        numbers = (past if cache == "int8" else past.view(torch.float8_e4m3fn)).float() * scale.float()
+    numbers = numbers.clone()
+    numbers[:, at] = written
+    return numbers
 
 
 def expected(case: Case, inputs: Tensors) -> torch.Tensor:
     """The output in float32, on one sequence at a time; the inputs' caches are not written."""
-    query, key, value, cos, sin, positions, past_key, past_value = inputs
+    query, key, value, cos, sin, positions, past_key, past_value, *scales = inputs
+    key_scale, value_scale = scales or (None, None)
+    rounds = case.cache == "fp8_context" and case.new > 1
     results = []
     for b in range(case.batch):
         heads = [x[b].view(case.new, -1, case.head_dim).transpose(0, 1) for x in (query, key, value)]
         rotated = [_rotate(x.float(), cos[b].float(), sin[b].float()).to(x.dtype) for x in heads[:2]]
-        keys, values = past_key[b].clone(), past_value[b].clone()
-        keys[:, positions[b]], values[:, positions[b]] = rotated[1], heads[2]
+        keys = cached(past_key[b], rotated[1], positions[b], key_scale, case.cache)
+        values = cached(past_value[b], heads[2], positions[b], value_scale, case.cache)
+        queries = rotated[0].to(torch.float8_e4m3fn).float() if rounds else rotated[0].float()
         end = case.past + case.new
         mask = torch.arange(end, device="cuda") <= positions[b][:, None]
         group = case.heads // case.kv_heads
         rows = []
         for head in range(case.heads):
-            k, v = keys[head // group, :end].float(), values[head // group, :end].float()
-            scores = (rotated[0][head].float() @ k.T * case.head_dim**-0.5).masked_fill(~mask, float("-inf"))
-            rows.append(torch.softmax(scores, -1) @ v)
+            k, v = keys[head // group, :end], values[head // group, :end]
+            scores = (queries[head] @ k.T * case.head_dim**-0.5).masked_fill(~mask, float("-inf"))
+            rows.append(_shares(scores, rounds) @ v)
         results.append(torch.stack(rows, 1).reshape(case.new, -1))
     return torch.stack(results)
+
+
+def _shares(scores: torch.Tensor, rounds: bool) -> torch.Tensor:
+    """The softmax, its numerators rounded as ``cache_op`` says."""
+    if not rounds:
+        return torch.softmax(scores, -1)
+    scores = scores * math.log2(math.e)
+    powers = torch.exp2(scores - scores.amax(-1, keepdim=True).ceil())
+    return (256 * powers).to(torch.float8_e4m3fn).float() / 256 / powers.sum(-1, keepdim=True)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -133,7 +198,7 @@ def runner(prepared: Prepared, inputs: Tensors, output: torch.Tensor) -> Callabl
 
 def copies(case: Case) -> int:
     """How many caches to go round, so that each is out of the GPU's own cache when its turn comes."""
-    size = 2 * 2 * case.batch * case.kv_heads * case.slots * case.head_dim
+    size = 2 * case.cache_bytes * case.batch * case.kv_heads * case.slots * case.head_dim
     return max(2, min(40, -(-400_000_000 // size)))
 
 
@@ -143,7 +208,7 @@ def measure(case: Case, dtype: torch.dtype, read: float) -> Iterator[Row]:
     sets = [random_inputs(case, dtype) for _ in range(copies(case))]
     output = torch.empty_like(sets[0][0])
     want = expected(case, sets[0])
-    for tactic in tactics("Attention", case.attributes, case.dims, name, compute_capability()):
+    for tactic in tactics(case.op, case.attributes, case.dims, name, compute_capability()):
         prepared = prepare(tactic, case.dims)
         runner(prepared, sets[0], output.fill_(float("nan")))()
         error = relative_error(output, want)
@@ -156,7 +221,7 @@ def measure_peer(case: Case, dtype: torch.dtype, read: float) -> Iterator[Row]:
     the op does. No row where it does not run the case; it knows no queries behind a past."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    if case.past and case.new > 1:
+    if (case.past and case.new > 1) or case.cache != FLOATS:
         return
     sets = []
     for _ in range(copies(case)):
@@ -182,21 +247,26 @@ def row_of(case: Case, dtype: torch.dtype, tactic: str, time: float, error: floa
     matmul = matmul_peak(dtype)
     pairs = case.batch * case.new * (case.past + (case.new + 1) / 2)
     operations = 4 * pairs * case.heads * case.head_dim
-    size = 2 * 2 * case.batch * case.kv_heads * (case.past + case.new) * case.head_dim
+    size = 2 * case.cache_bytes * case.batch * case.kv_heads * (case.past + case.new) * case.head_dim
     floor = max(1e6 * size / read, 1e6 * operations / matmul if case.new > 1 else 0)
     label, name = f"{case.batch} × {case.new} new, {case.past} past", str(dtype).removeprefix("torch.")
+    label += "" if case.cache == FLOATS else f", {case.cache}"
     return Row(label, name, tactic, time, floor, floor / time, operations / time / 1e6, error, read, matmul)
 
 
 def table_line(row: Row) -> str:
     return (
-        f"{row.case:26} {row.dtype:8} {row.tactic:10} {row.microseconds:8.1f} µs  floor {row.floor:7.1f}  "
+        f"{row.case:39} {row.dtype:8} {row.tactic:10} {row.microseconds:8.1f} µs  floor {row.floor:7.1f}  "
         f"{100 * row.share:5.1f}%  {row.tflops:6.1f} TFLOP/s  error {row.error:.1e}"
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse_for_gpu(benchmark_parser(__doc__), arguments)
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("--caches", nargs="+", choices=OPS, default=[FLOATS], help="what caches hold")
+    parser.add_argument("--only", choices=("decode", "prefill"), help="cases of one new token, or of more")
+    options = parse_for_gpu(parser, arguments)
+    cases = [case for case in CASES if options.only is None or (case.new == 1) == (options.only == "decode")]
     rows, read = [], read_bandwidth()
     for name in options.dtypes:
         dtype = getattr(torch, name)
@@ -204,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{name}: reading {read / 1e12:.2f} TB/s, matrix product {matmul_peak(dtype) / 1e12:.0f} TFLOP/s",
             flush=True,
         )
-        for case in CASES:
+        for case in (replace(case, cache=cache) for case in cases for cache in options.caches):
             for row in (*measure(case, dtype, read), *measure_peer(case, dtype, read)):
                 rows.append(row)
                 print(table_line(row), flush=True)
