@@ -3,7 +3,8 @@
 // whatever their number. One warp fetches weights by the copy engine and one tokens, each into a ring of its own, so that neither
 // waits for the other's stages. Two warpgroups multiply 64 rows of weights each. Tiles of wide experts come first.
 //
-// Before it: LOCAL, HIDDEN, constants COLUMNS of a step, which take 128 bytes, and WIDEST, at most 288.
+// Before it: LOCAL, HIDDEN, constants COLUMNS of a step, which take 128 bytes of a token's row, and WIDEST, at most 288. A step of
+// weights, 128 bytes of a row of codes, may be of more columns: PARTS steps of tokens go with it.
 #pragma once
 
 #include "wgmma.cuh"
@@ -50,8 +51,9 @@ struct Rings {
 
 // If the widest tile has `width` tokens: as many stages of them as leave room for as many of weights. A stage of tokens is on its
 // way for longer than a step takes, though the cache has it.
+template <int PARTS>
 __forceinline__ Rings make_rings(Shared& shared, uint32_t memory, int width) {
-  int bytes = (width + BOX - 1) / BOX * BOX_BYTES, tokens = min(MOST_STAGES, RING_BYTES / (bytes + WEIGHT_BYTES));
+  int bytes = (width + BOX - 1) / BOX * BOX_BYTES, tokens = min(MOST_STAGES, RING_BYTES / (bytes + WEIGHT_BYTES / PARTS));
   int weights = min(MOST_STAGES, (RING_BYTES - tokens * bytes) / WEIGHT_BYTES);
   return {{shared_address(shared.weights.full), shared_address(shared.weights.empty), memory, WEIGHT_BYTES, weights, 0, 0},
           {shared_address(shared.tokens.full), shared_address(shared.tokens.empty), memory + weights * WEIGHT_BYTES,
@@ -134,19 +136,23 @@ __forceinline__ void write_down(float (&d)[N / 2], int first, uint32_t out, uint
   }
 }
 
-template <bool UP, int STEPS>
-__forceinline__ void fetch_weights(Shared& shared, Cursor ring, const TensorMap* weights, int count) {
+// A warp does it; `ahead(tile, step, lane)` is what it does besides when the step's weights are on their way.
+template <bool UP, int STEPS, class Ahead>
+__forceinline__ void fetch_weights(Shared& shared, Cursor ring, const TensorMap* weights, int count, int lane, Ahead ahead) {
   for (int turn = 0, index; (index = tile_index(turn)) < count; turn++) {
     Tile tile = locate(shared.experts, index);
     uint64_t policy = tile.tiles > 1 ? EVICT_NORMAL : EVICT_FIRST;
     for (int step = 0; step < STEPS; step++, ring.next()) {
       wait(ring.empty_barrier(), ring.parity ^ 1);
-      arrive_expecting(ring.full_barrier(), WEIGHT_BYTES);
-      if constexpr (UP)  // groups of 8 rows of gate and of up by turns
-        load_box(ring.address(), weights, ring.full_barrier(), policy, step * COLUMNS, 0, 0, tile.column * (ROWS / 16),
-                 tile.expert);
-      else
-        load_box(ring.address(), weights, ring.full_barrier(), policy, step * COLUMNS, tile.column * ROWS, tile.expert);
+      if (lane == 0) {
+        arrive_expecting(ring.full_barrier(), WEIGHT_BYTES);
+        if constexpr (UP)  // groups of 8 rows of gate and of up by turns
+          load_box(ring.address(), weights, ring.full_barrier(), policy, step * STEP_BYTES, 0, 0, tile.column * (ROWS / 16),
+                   tile.expert);
+        else
+          load_box(ring.address(), weights, ring.full_barrier(), policy, step * STEP_BYTES, tile.column * ROWS, tile.expert);
+      }
+      ahead(tile, step, lane);
     }
   }
 }
@@ -167,9 +173,9 @@ __forceinline__ void fetch_tokens(Shared& shared, Cursor ring, const TensorMap* 
 }
 
 // `consume(shared, rings, out, group, thread, count)` is what each of the two warpgroups does with `count` tiles. If
-// `totals_are_late`, the launch before this one writes `totals`; else they are there when it starts.
-template <bool UP, int STEPS, int COLUMN_TILES, class Consume>
-__forceinline__ void run(const TensorMap* weights, const TensorMap* tokens, const int* totals, bool totals_are_late,
+// `totals_are_late`, the launch before this one writes `totals`; else they are there when it starts. STEPS: of weights.
+template <bool UP, int STEPS, int PARTS, int COLUMN_TILES, class Ahead, class Consume>
+__forceinline__ void run(const TensorMap* weights, const TensorMap* tokens, const int* totals, bool totals_are_late, Ahead ahead,
                          Consume consume) {
   extern __shared__ char memory[];
   uint32_t ring = (shared_address(memory) + 1023) & ~1023u, outs = ring + RING_BYTES;
@@ -190,17 +196,24 @@ __forceinline__ void run(const TensorMap* weights, const TensorMap* tokens, cons
   if (threadIdx.x == 0) plan(shared.experts, totals, COLUMN_TILES);
   __syncthreads();
   int count = shared.experts.first[LOCAL];
-  Rings rings = make_rings(shared, ring, shared.experts.width[0]);
+  Rings rings = make_rings<PARTS>(shared, ring, shared.experts.width[0]);
   if (group == 0) {
     fewer_registers<40>();
-    if (thread == 0) fetch_weights<UP, STEPS>(shared, rings.weights, weights, count);
+    if (thread < 32) fetch_weights<UP, STEPS>(shared, rings.weights, weights, count, thread, ahead);
     if (thread == 32) {
       wait_for_previous();
-      fetch_tokens<STEPS>(shared, rings.tokens, tokens, count);
+      fetch_tokens<STEPS * PARTS>(shared, rings.tokens, tokens, count);
     }
   } else {
     more_registers<232>();
     wait_for_previous();  // what it computed may stand where this launch's results go
     consume(shared, rings, outs + (group - 1) * GROUP_OUT_BYTES, group - 1, thread, count);
   }
+}
+
+template <bool UP, int STEPS, int COLUMN_TILES, class Consume>
+__forceinline__ void run(const TensorMap* weights, const TensorMap* tokens, const int* totals, bool totals_are_late,
+                         Consume consume) {
+  auto nothing = [](const Tile&, int, int) {};
+  run<UP, STEPS, 1, COLUMN_TILES>(weights, tokens, totals, totals_are_late, nothing, consume);
 }

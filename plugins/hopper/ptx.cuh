@@ -57,6 +57,9 @@ __forceinline__ void prefetch(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
 }
 
+// To the L2 cache, where a thread will soon read.
+__forceinline__ void prefetch_line(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
 constexpr uint64_t EVICT_FIRST = 0x12F0000000000000ull;  // of weights that are read once
 constexpr uint64_t EVICT_LAST = 0x14F0000000000000ull;
 constexpr uint64_t EVICT_NORMAL = 0x1000000000000000ull;
@@ -99,6 +102,17 @@ template <int N>
 __forceinline__ void hold(float (&values)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i++) asm volatile("" : "+f"(values[i])::"memory");
+}
+
+template <int N>
+__forceinline__ void hold(uint32_t (&values)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+r"(values[i])::"memory");
+}
+template <int M, int N>
+__forceinline__ void hold(uint32_t (&values)[M][N]) {
+#pragma unroll
+  for (int i = 0; i < M; i++) hold(values[i]);
 }
 
 // Matrix descriptors of rows of 128 swizzled bytes in groups of 8. Rows of K adjacent: 1024 bytes from group to group.
@@ -169,6 +183,11 @@ __forceinline__ void store_shared(uint32_t address, Chunk chunk) {
 }
 __forceinline__ void store_word(uint32_t address, uint32_t word) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
+}
+__forceinline__ void store_element(uint32_t address, float value) {
+  asm volatile("{ .reg .b16 element; cvt.rn." ELEMENT ".f32 element, %1; st.shared.b16 [%0], element; }" ::"r"(address),
+               "f"(value)
+               : "memory");
 }
 __forceinline__ void store_pair(uint32_t address, float first, float second) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(first), "f"(second) : "memory");

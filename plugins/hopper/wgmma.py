@@ -11,8 +11,8 @@ WIDTHS = range(16, 257, 16)
 
 def wgmma_header() -> bytes:
     """``wgmma<N>(d, a, b, keep)`` has both operands in shared memory, ``wgmma_rs<N>(d, a, b, keep)`` A in registers and B with
-    its columns adjacent in memory. ``keep`` 0 forgets what ``d`` held. ``ELEMENT`` is ``f16`` or ``bf16``. ``wgmma_e4m3<N>`` is
-    ``wgmma<N>`` of bytes: 32 columns where the others take 16."""
+    its columns adjacent in memory, ``wgmma_rk<N>`` A in registers and B as ``wgmma`` has it. ``keep`` 0 forgets what ``d`` held.
+    ``ELEMENT`` is ``f16`` or ``bf16``. ``wgmma_e4m3<N>`` is ``wgmma<N>`` of bytes: 32 columns where the others take 16."""
     parts = [
         '#pragma once\n#include "ptx.cuh"\n',
         "template <int N> struct Wgmma;\n",
@@ -21,6 +21,8 @@ def wgmma_header() -> bytes:
         "{ Wgmma<N>::shared(d, a, b, keep); }\n",
         "template <int N> void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int keep) "
         "{ Wgmma<N>::registers(d, a, b, keep); }\n",
+        "template <int N> void wgmma_rk(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int keep) "
+        "{ Wgmma<N>::registers_rows(d, a, b, keep); }\n",
         "template <int N> void wgmma_e4m3(float (&d)[N / 2], uint64_t a, uint64_t b, int keep) "
         "{ Wgmma<N>::e4m3(d, a, b, keep); }\n",
     ]
@@ -44,11 +46,14 @@ def _struct(width: int) -> str:
     both_bytes = statement(bytes_, *shared, "1, 1")
     fragments = ", ".join(f"%{count + i}" for i in range(4))
     held = ", ".join(f'"r"(a[{i}])' for i in range(4))
-    left = statement(halves, f"{{{fragments}}}, %{count + 4}", count + 5, f'{held}, "l"(b)', "1, 1, 1")
+    left = (f"{{{fragments}}}, %{count + 4}", count + 5, f'{held}, "l"(b)')
+    left_columns, left_rows = statement(halves, *left, "1, 1, 1"), statement(halves, *left, "1, 1, 0")
     return (
         f"template <> struct Wgmma<{width}> {{\n"
         f"  static void shared(float (&d)[{count}], uint64_t a, uint64_t b, int keep) {{ {both} }}\n"
-        f"  static void registers(float (&d)[{count}], const uint32_t (&a)[4], uint64_t b, int keep) {{ {left} }}\n"
+        f"  static void registers(float (&d)[{count}], const uint32_t (&a)[4], uint64_t b, int keep) {{ {left_columns} }}\n"
+        f"  static void registers_rows(float (&d)[{count}], const uint32_t (&a)[4], uint64_t b, int keep) "
+        f"{{ {left_rows} }}\n"
         f"  static void e4m3(float (&d)[{count}], uint64_t a, uint64_t b, int keep) {{ {both_bytes} }}\n"
         "};\n"
     )
