@@ -30,7 +30,6 @@ from moecompiler.tools.kernel_timing import (
     relative_error,
 )
 
-
 FLOATS = "floats"
 OPS = {
     FLOATS: "Attention",
@@ -42,7 +41,7 @@ OPS = {
 
 @dataclass(frozen=True)
 class Case:
-    """``new`` tokens in each of ``batch`` sequences behind ``past`` ones, in a cache of ``slots`` that holds what ``OPS`` names."""
+    """``new`` tokens in each of ``batch`` sequences behind ``past`` ones, in a cache of ``slots``; ``cache``: what it holds, see ``OPS``."""
 
     batch: int
     new: int
