@@ -17,6 +17,7 @@ from moecompiler.checkpoint import Source, check_box, check_unchanged, expected_
 from moecompiler.config import DTYPES, ModelConfig
 from moecompiler.errors import UserError
 from moecompiler.safetensors_file import numpy_dtype
+from moecompiler.smoothed_checkpoint import open_smoothed
 from moecompiler.uniform import fill_uniform, key_of
 from moecompiler.weights import Shape
 
@@ -84,9 +85,15 @@ def open_source(identity: Mapping[str, Any], config: ModelConfig, threads: int =
     """
     if identity["kind"] == "hf":
         check_unchanged(identity)
-        return open_checkpoint(Path(identity["model_dir"]), config)
+        return _smoothed(open_checkpoint(Path(identity["model_dir"]), config), identity)
     has = expected_tensors(ModelConfig.from_json(identity["config"]))
     for name, shape in expected_tensors(config).items():
         if has.get(name) != shape:
             raise UserError(f"the dummy checkpoint is of another model: {name} is {has.get(name)}, expected {shape}")
-    return DummyCheckpoint(config, identity["seed"], identity["dtype"], threads)
+    return _smoothed(DummyCheckpoint(config, identity["seed"], identity["dtype"], threads), identity)
+
+
+def _smoothed(source: Source, identity: Mapping[str, Any]) -> Source:
+    """With the scales that AWQ found, if it was opened with such."""
+    awq = identity.get("awq")
+    return source if awq is None else open_smoothed(source, Path(awq["file"]), awq["sha256"])

@@ -65,6 +65,8 @@ def _put(made: QuantizedTensor, piece: Piece, part: QuantizedTensor) -> None:
     rows, columns = slice(row, row + part.shape[0]), slice(column, column + part.shape[1])
     block = made.scheme.block_size
     within: tuple[int | slice, ...] = (*lead, rows)
+    if made.global_scale is not None:
+        made.global_scale[within] = part.global_scale
     made.codes[(*within, columns)] = part.codes
     if block is not None:
         within = (*within, slice(columns.start // block, columns.stop // block))
@@ -72,8 +74,6 @@ def _put(made: QuantizedTensor, piece: Piece, part: QuantizedTensor) -> None:
         made.scales[within] = part.scales
     if not np.isfinite(made.scales[within].astype(np.float32)).all():
         raise OverflowError(f"{piece.source}: holds scales beyond {made.scales.dtype}'s range; use --dtype bfloat16")
-    if made.global_scale is not None:
-        made.global_scale[(*lead, rows)] = part.global_scale
     if made.zero_points is not None:
         made.zero_points[within] = part.zero_points
     if made.order is not None and part.order is not None:

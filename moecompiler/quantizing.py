@@ -11,9 +11,11 @@ from math import prod
 
 import numpy as np
 
+from moecompiler.clipping import clipped, clipping_of
 from moecompiler.errors import UserError
-from moecompiler.quantization.arithmetic import quantize
+from moecompiler.quantization.arithmetic import encode, quantize
 from moecompiler.quantization.encodings import E4M3
+from moecompiler.quantization.scales import find_scales
 from moecompiler.quantization.schemes import Granularity, QuantizedTensor, WeightScheme
 from moecompiler.weights import Piece, Recipe, TensorReader, materialize
 
@@ -33,6 +35,9 @@ def quantize_boxes(source: Recipe, scheme: WeightScheme, reader: TensorReader) -
             made = _by_box(weight, source, scheme)
         elif scheme.granularity is Granularity.TENSOR:
             made = _scales_by_row(weight, source, scheme)
+        elif (ratios := clipping_of(source, scheme, reader)) is not None:
+            scales = clipped(find_scales(weight, scheme, source.dtype, _THREADS), ratios, source.dtype)
+            made = encode(weight, scheme, scales, _THREADS)
         else:
             made = quantize(weight, scheme, source.dtype, _THREADS)
     except ValueError as error:

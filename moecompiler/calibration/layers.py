@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from moecompiler.calibration.kept import KeptInputs
 from moecompiler.calibration.states import HiddenStates
 from moecompiler.calibration.statistics import Magnitudes
 from moecompiler.calibration.workers import Each
@@ -112,8 +113,11 @@ class Routing:
 
 
 @torch.inference_mode()
-def run_attention(place: Place, layer: int, states: HiddenStates, each: Each) -> tuple[AttentionMagnitudes, Routing]:
-    """Adds attention to ``states.residual``, puts what experts get into ``states.normed``, and routes.
+def run_attention(
+    place: Place, layer: int, states: HiddenStates, each: Each, kept: KeptInputs | None = None
+) -> tuple[AttentionMagnitudes, Routing]:
+    """Adds attention to ``states.residual``, puts what experts get into ``states.normed``, and routes; ``kept`` gets some of what
+    the projections meet.
 
     Raises: UserError where a hidden state becomes NaN or infinite.
     """
@@ -122,7 +126,7 @@ def run_attention(place: Place, layer: int, states: HiddenStates, each: Each) ->
 
     def one(span: slice) -> AttentionMagnitudes:
         with torch.inference_mode():  # which is each thread's own
-            return part.run(states, routing, span)
+            return part.run(states, routing, span, kept)
 
     found = reduce(add, each(one, states.spans))
     _check_finite(layer, found.normed, found.merged, found.routed)
@@ -152,13 +156,15 @@ class _AttentionPart:
         self.gate = place.weight(f"{prefix}.block_sparse_moe.gate.weight", (config.num_local_experts, hidden))
         self.rotary.inv_freq = nn.Buffer(torch.from_numpy(inverse_frequencies(config)).to(place.device))
 
-    def run(self, states: HiddenStates, routing: Routing, span: slice) -> AttentionMagnitudes:
+    def run(self, states: HiddenStates, routing: Routing, span: slice, kept: KeptInputs | None) -> AttentionMagnitudes:
         config = self.place.config
         x = states.residual[span].to(self.place.device, copy=True)
         positions = torch.arange(len(x), device=x.device)[None]
         slots = x.new_zeros(1, config.num_key_value_heads, len(x), config.head_dim)
         normed = self.norms[0](x)
         merged, (keys, values) = self.attention(normed[None], self.rotary(positions), positions, (slots, slots))
+        if kept is not None:
+            kept.keep(span, normed, merged[0])
         x += F.linear(merged[0], self.output)
         routed = self.norms[1](x)
         logits = F.linear(routed, self.gate)

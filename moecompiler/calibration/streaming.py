@@ -70,9 +70,9 @@ def calibrate(
     total = config.num_hidden_layers * config.num_local_experts
     with (
         HiddenStates(lengths, config.hidden_size, folder, settings.memory_limit) as states,
-        workers(_threads(settings, config, max(lengths))) as each,
+        workers(threads_for(settings, config, max(lengths))) as each,
     ):
-        _embed(place, samples, states)
+        embed(place, samples, states)
         for layer in range(config.num_hidden_layers):
             attention, routing = run_attention(place, layer, states, each)
             found.attention(layer, attention)
@@ -84,7 +84,7 @@ def calibrate(
     return calibration
 
 
-def _threads(settings: Settings, config: ModelConfig, longest: int) -> int:
+def threads_for(settings: Settings, config: ModelConfig, longest: int) -> int:
     if settings.device != "cpu":
         return 1
     scores = 4 * 4 * config.num_attention_heads * longest**2  # of one sample, in four stages
@@ -92,7 +92,7 @@ def _threads(settings: Settings, config: ModelConfig, longest: int) -> int:
     return min(settings.threads or min(os.cpu_count() or 1, MOST_THREADS), fitting)
 
 
-def _embed(place: Place, samples: Sequence[Sequence[int]], states: HiddenStates) -> None:
+def embed(place: Place, samples: Sequence[Sequence[int]], states: HiddenStates) -> None:
     """Reads the embedding a block of rows at a time."""
     vocab, hidden = place.config.vocab_size, place.config.hidden_size
     ids = torch.tensor([token for sample in samples for token in sample])
