@@ -49,8 +49,8 @@ def position_of(column: int, two_in_a_byte: bool) -> int:
 
 
 def fits(form: Form, block: int, columns: tuple[int, ...], outputs: tuple[int, ...], dtype: str, sm: int) -> bool:
-    """Whether there are kernels for rows of so many ``columns`` that make so many ``outputs``: columns are taken 64 at a time, which
-    have a scale in common; results are written in 16 bytes."""
+    """Whether there are kernels for rows of so many ``columns`` that make so many ``outputs``: columns are taken 64 at a time,
+    which have a scale in common; results are written in 16 bytes."""
     known = form.format in _CODES and not form.ordered and sm == _SM and dtype in ("float16", "bfloat16")
     blocks = block == 0 or (form.format is Format.E2M1 and block == NVFP4_BLOCK) or block % _SEGMENT == 0
     whole = all(count % _SEGMENT == 0 and (block == 0 or count % block == 0) for count in columns)
