@@ -8,12 +8,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 from moecompiler.plugins.launch import AnyKernel, Arena, Dims, Input, Launch, Output, Workspace, multiprocessors
 from moecompiler.plugins.moe.compiled import COMBINED_COLUMNS, MOVED_COLUMNS, ROUTED_TOKENS, Key, Step
+from moecompiler.plugins.quantized import grouped_codes, grouped_fp8
 from moecompiler.plugins.quantized.moe_compiled import ARRANGED_COLUMNS, FewTile, ManyTile, QuantizedKernels
 from moecompiler.plugins.quantized.moe_node import QuantizedNode, Weight, node_of
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """For up to ``tokens`` tokens (0: any number) on SM 9.0, in CUDA C++."""
+
+    made: grouped_codes.GroupedCodes | grouped_fp8.GroupedFp8
+    tokens: int = 0
+
+
+Way: TypeAlias = FewTile | ManyTile | Grouped
 
 
 @dataclass(frozen=True)
@@ -22,7 +34,7 @@ class QuantizedMoETactic:
 
     name: str
     node: QuantizedNode
-    ways: tuple[FewTile | ManyTile, ...]
+    ways: tuple[Way, ...]
 
     @property
     def _made(self) -> QuantizedKernels:
@@ -37,7 +49,10 @@ class QuantizedMoETactic:
             if made.arranges:
                 table["arrange", 0] = made.arrange()
         for way in self.ways:
-            table.update(made.few(way) if isinstance(way, FewTile) else made.many(way))
+            if isinstance(way, Grouped):
+                table.update(way.made.kernels())
+            else:
+                table.update(made.few(way) if isinstance(way, FewTile) else made.many(way))
         return table
 
     @cached_property
@@ -67,12 +82,12 @@ class QuantizedMoETactic:
             for i, step in enumerate(steps)
         )
 
-    def _way(self, tokens: int) -> FewTile | ManyTile:
+    def _way(self, tokens: int) -> Way:
         return next(way for way in self.ways if tokens <= way.tokens or not way.tokens)
 
     # what is launched
 
-    def _plan(self, way: FewTile | ManyTile, tokens: int) -> tuple[list[Step], int]:
+    def _plan(self, way: Way, tokens: int) -> tuple[list[Step], int]:
         arena, sizes = Arena(), self.node.sizes
         assignments = tokens * sizes.top_k
         chosen, weights = arena.take(4 * assignments), arena.take(4 * assignments)
@@ -83,6 +98,8 @@ class QuantizedMoETactic:
         steps = [Step(("route", block), (blocks, 1, 1), route_args)]
         if isinstance(way, FewTile):
             steps += self._few_steps(way, arena, chosen, weights, tokens)
+        elif isinstance(way, Grouped):
+            steps += _grouped_steps(way, arena, chosen, weights, counts, tokens)
         else:
             steps += self._many_steps(way, arena, chosen, weights, counts, tokens)
         return steps, arena.size
@@ -142,6 +159,14 @@ class QuantizedMoETactic:
         ]
 
 
+def _grouped_steps(
+    way: Grouped, arena: Arena, chosen: Workspace, weights: Workspace, counts: Workspace, tokens: int
+) -> list[Step]:
+    if isinstance(way.made, grouped_fp8.GroupedFp8):
+        return way.made.steps(arena, grouped_fp8.Routed(chosen, weights, counts), tokens)
+    return way.made.steps(arena, chosen, weights, counts, tokens)
+
+
 def tactics(op: str, attributes: Mapping[str, Any], dims: Dims, dtype: str, sm: int) -> tuple[QuantizedMoETactic, ...]:
     """See ``moe_node.node_of`` for ``dims``, of which all but the tokens have to be known, and for what has no tactics."""
     node = node_of(op, attributes, dims, dtype, sm)
@@ -152,12 +177,21 @@ def tactics(op: str, attributes: Mapping[str, Any], dims: Dims, dtype: str, sm: 
     narrow = (FewTile(8, columns=columns, parts=parts), FewTile(16, columns=columns, parts=parts))
     wide = (FewTile(16, rows=64, columns=128, warps=4, parts=_parts(node, 64)),)
     more = (FewTile(32, rows=64, columns=128, warps=4), FewTile(64, rows=64, columns=128, warps=4))
-    many = (ManyTile(1024, 64), ManyTile(0, 128, 64, 64, 3, 8))
-    return (
-        QuantizedMoETactic("narrow", node, (*narrow, *more, *many)),
-        QuantizedMoETactic("wide", node, (*wide, *more, *many)),
-        QuantizedMoETactic("early", node, (*narrow, *many)),
-    )
+    grouped = _grouped(node)
+    many: tuple[Way, ...] = grouped or (ManyTile(1024, 64), ManyTile(0, 128, 64, 64, 3, 8))
+    found = {"narrow": (*narrow, *more, *many), "wide": (*wide, *more, *many), "early": (*narrow, *many)}
+    if grouped:
+        found["earliest"] = (*narrow[:1], *many)
+    return tuple(QuantizedMoETactic(name, node, ways) for name, ways in found.items())
+
+
+def _grouped(node: QuantizedNode) -> tuple[Grouped, ...]:
+    """For many tokens on SM 9.0, if there are kernels for the node."""
+    sizes, processors = node.sizes, multiprocessors(node.sm)
+    if node.form.rounds_inputs:
+        fits = grouped_fp8.fits((sizes.hidden, sizes.intermediate), node.dtype, node.sm, sizes.local)
+        return (Grouped(grouped_fp8.GroupedFp8(sizes, node.dtype, processors)),) if fits else ()
+    return (Grouped(grouped_codes.GroupedCodes(node, processors)),) if grouped_codes.moe_fits(node) else ()
 
 
 def _parts(node: QuantizedNode, rows: int) -> int:

@@ -146,7 +146,7 @@ def test_types_and_shapes(setting: Setting) -> None:
 
 
 def test_codes_come_as_bytes(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of int4 in one, so inputs are half as wide as the graph has them; scales are floats, all of NVFP4 but global ones int8."""
+    """Two of int4 in one, so inputs are half as wide as the graph has them; scales are floats, but those of NVFP4."""
     moe = setting.made("MoEInt4Asymmetric", top_k=2, normalization_mode=1, block_size=64)
     half, byte = DataType.HALF, DataType.INT8
     kinds = [half, half, *(byte, half, byte) * 2, DataType.INT64, half]
