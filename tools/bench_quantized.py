@@ -4,8 +4,8 @@
 
 prints a row for each format: perplexity and by how much it is more, the mean Kullback-Leibler divergence from HF's distribution
 (nats a token), the share of tokens whose most likely successor is HF's, and the share of (token, layer) that other experts
-compute than without quantization; ``--output`` writes the same as JSON. Activations are float32, so that nothing but the weights
-differs. The model must fit into memory.
+compute than without quantization; ``--output`` writes the same as JSON. Activations are float32 where a format does not say
+otherwise, so that nothing else differs. Static scales are of the package's own text. The model must fit into memory.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from moecompiler.backends.onnxruntime_program import WeightCache, open_program
-from moecompiler.checkpoint import open_checkpoint
-from moecompiler.config import ExportOptions, load_config
+from moecompiler.calibration.result import Calibration
+from moecompiler.calibration.static import with_input_scales
+from moecompiler.checkpoint import Source, open_checkpoint
+from moecompiler.config import ExportOptions, ModelConfig, load_config
 from moecompiler.debugging.observe import feeds_of, run_prefix
 from moecompiler.errors import UserError
 from moecompiler.export import export_rank
@@ -30,8 +33,10 @@ from moecompiler.mapping import Mapping as RankMapping
 from moecompiler.passes.pipelines import PLUGINS, named_pipelines
 from moecompiler.pipeline import run_passes
 from moecompiler.quantization.recipe import QuantizationRecipe, default_recipe
-from moecompiler.quantization.schemes import INT8, int4
+from moecompiler.quantization.schemes import FP8, INT8, int4
 from moecompiler.runtime.prompts import load_tokenizer
+from moecompiler.tools.calibration import samples_of
+from moecompiler.tools.flags import CalibrationFlags
 from moecompiler.validation.difference import log_softmax
 from moecompiler.validation.quality import load_hf
 from moecompiler.validation.scenario import Step
@@ -44,6 +49,11 @@ FORMATS: dict[str, QuantizationRecipe | None] = {
     "int4_asymmetric, groups of 128": default_recipe(int4(128, symmetric=False)),
     "int4_asymmetric, groups of 64": default_recipe(int4(64, symmetric=False)),
 }
+
+
+def with_static_scales(config: ModelConfig, found: Calibration) -> dict[str, QuantizationRecipe]:
+    """The formats that need a calibration."""
+    return {"fp8": with_input_scales(default_recipe(FP8), config, found.input_scale)}
 
 
 @dataclass(frozen=True)
@@ -146,7 +156,17 @@ def measure(model_dir: Path, path: Path, windows: int, length: int) -> list[Row]
         expected = np.concatenate([log_softmax(model(torch.from_numpy(row[None])).logits.numpy()) for row in tokens])
     options = ExportOptions("float32", max_seq_len=length, all_logits=True)
     program = export_rank(config, RankMapping.create(), 0, options)
-    return rows_of(program, WeightCache(source), Text(tokens, expected), FORMATS)
+    formats = FORMATS | with_static_scales(config, calibration_of(config, source, length))
+    return rows_of(program, WeightCache(source), Text(tokens, expected), formats)
+
+
+def calibration_of(config: ModelConfig, source: Source, length: int) -> Calibration:
+    """On the package's own text, in pieces of ``length`` tokens."""
+    from moecompiler.calibration.streaming import Settings, calibrate
+
+    samples = samples_of(config, source.identity(), CalibrationFlags(), length, [])
+    with tempfile.TemporaryDirectory() as folder:
+        return calibrate(config, source, samples, Settings("float32"), Path(folder))
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from fp8 import fp8_recipe
 from programs import GRID, MAX_SEQ_LEN, Programs, Subject
 
 from moecompiler.backends.base import BuildSettings, EngineLimits
@@ -15,7 +16,7 @@ from moecompiler.config import ExportOptions
 from moecompiler.passes.pipelines import named_pipelines
 from moecompiler.pipeline import run_passes
 from moecompiler.quantization.recipe import default_recipe
-from moecompiler.quantization.schemes import INT8, NVFP4, WeightScheme, int4
+from moecompiler.quantization.schemes import FP8, INT8, NVFP4, WeightScheme, int4
 
 pytestmark = pytest.mark.xdist_group("tensorrt-rtx")
 NOTE = "--moe_weights external: quantized experts are baked into the engine, for they are read by no plugin"
@@ -30,6 +31,8 @@ NOTE = "--moe_weights external: quantized experts are baked into the engine, for
         (int4(64), "ootb", "bfloat16", "auto"),
         (int4(64, symmetric=False), "tensorrt-rtx", "float16", "external"),
         (int4(64, symmetric=False), "ootb", "bfloat16", "auto"),
+        (FP8, "tensorrt-rtx", "float16", "external"),
+        (FP8, "ootb", "bfloat16", "auto"),
         (NVFP4, "tensorrt-rtx", "float16", "external"),
         (NVFP4, "ootb", "bfloat16", "auto"),
     ],
@@ -48,7 +51,8 @@ def test_every_scheme_builds(
     layers = 1 if dtype == "float16" else 4
     config = dataclasses.replace(shipped.config, num_hidden_layers=layers)
     exported = programs.exported(config, GRID["one-rank"], 0, ExportOptions(dtype, max_seq_len=MAX_SEQ_LEN))
-    program, _ = run_passes(named_pipelines(default_recipe(scheme))[pipeline], exported)
+    recipe = fp8_recipe(shipped) if scheme == FP8 else default_recipe(scheme)
+    program, _ = run_passes(named_pipelines(recipe)[pipeline], exported)
     limits = EngineLimits(4, MAX_SEQ_LEN - 1, MAX_SEQ_LEN, config.vocab_size)
     settings = BuildSettings(limits, moe_weights=moe_weights, compute_capabilities=("8.9",))
     files = find_backend("tensorrt-rtx").build(program, shipped.reader, "rank0", tmp_path, settings, lambda done: None)

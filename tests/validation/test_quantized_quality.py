@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fp8 import calibrated
 from programs import GRID, TINY_MIXTRAL, Programs, Subject
 
 from moecompiler.backends.onnxruntime_program import WeightCache
 from moecompiler.config import ExportOptions
 from moecompiler.errors import UserError
-from moecompiler.tools.bench_quantized import FORMATS, Text, read_text, rows_of, table
+from moecompiler.tools.bench_quantized import FORMATS, Text, read_text, rows_of, table, with_static_scales
 from moecompiler.validation.difference import log_softmax
 
 LENGTH = 256
@@ -20,6 +21,7 @@ LENGTH = 256
 BOUNDS = {
     "float32": (1e-5, 1e-8, 1.0, 0.0),
     "int8": (0.005, 2e-3, 0.98, 0.02),
+    "fp8": (0.01, 2e-2, 0.95, 0.05),
     "int4, groups of 64": (0.04, 0.1, 0.85, 0.15),
 }
 
@@ -32,7 +34,8 @@ def test_formats(shipped: Subject, programs: Programs) -> None:
         )
     options = ExportOptions("float32", max_seq_len=LENGTH, all_logits=True)
     exported = programs.exported(shipped.config, GRID["one-rank"], 0, options)
-    formats = {name: FORMATS[name] for name in BOUNDS}
+    every = FORMATS | with_static_scales(shipped.config, calibrated(shipped))
+    formats = {name: every[name] for name in BOUNDS}
     rows = rows_of(exported, WeightCache(shipped.reader), Text(tokens, expected), formats)
     assert table(rows).count("\n") == len(rows) + 1
     for row, (increase, kl, top1, experts) in zip(rows, BOUNDS.values(), strict=True):
@@ -40,7 +43,9 @@ def test_formats(shipped: Subject, programs: Programs) -> None:
         assert row.kl < kl, row
         assert row.top1 >= top1, row
         assert row.other_experts <= experts, row
-    assert rows[0].weight_bytes > 2.5 * rows[1].weight_bytes > 3.5 * rows[2].weight_bytes
+    sizes = {row.format: row.weight_bytes for row in rows}
+    assert sizes["float32"] > 2.5 * sizes["int8"] > 3.5 * sizes["int4, groups of 64"]
+    assert abs(sizes["fp8"] / sizes["int8"] - 1) < 1e-3
     assert [row.kl for row in rows] == sorted(row.kl for row in rows)
 
 
