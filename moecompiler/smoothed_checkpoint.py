@@ -74,15 +74,16 @@ class SmoothedCheckpoint:
         """What the largest magnitudes of the groups of ``block`` in a box are multiplied by, float32 ``[out, groups]``; None:
         by 1.
 
-        Raises: UserError where the search was for groups of another size, or the box is not of whole groups.
+        Raises: UserError where the search was for groups of another size.
         """
         clips = self.smoothing.clips.get(name)
         if clips is None:
             return None
-        if block != self.smoothing.header["group_size"] or start[1] % block or shape[1] % block:
+        searched = self.smoothing.header["group_sizes"].get(name)
+        if block != searched:
             raise UserError(
-                f"{self.path}: was searched for groups of {self.smoothing.header['group_size']}, and {name} is to have groups of"
-                f" {block}; search anew with --qformat int4_awq"
+                f"{self.path}: was searched for groups of {searched}, and {name} is to have groups of {block}; compile anew with"
+                " --qformat int4_awq"
             )
         groups = slice(start[1] // block, (start[1] + shape[1]) // block)
         return clips[start[0] : start[0] + shape[0], groups].astype(np.float32) / np.float32(100)

@@ -6,8 +6,9 @@ import hashlib
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -19,6 +20,7 @@ from moecompiler.calibration.identity import model_fingerprint
 from moecompiler.calibration.result import Calibration
 from moecompiler.calibration.samples import LONGEST_TOKEN, bytes_as_tokens, check_sizes, cut_samples
 from moecompiler.calibration.text import default_documents, read_documents
+from moecompiler.checkpoint import Source
 from moecompiler.config import ExportOptions, ModelConfig, NormalizationMode
 from moecompiler.dummy import open_source
 from moecompiler.errors import UserError
@@ -27,6 +29,8 @@ from moecompiler.tools.flags import CalibrationFlags
 
 if TYPE_CHECKING:
     from moecompiler.calibration.streaming import Settings
+
+Made = TypeVar("Made")
 
 DEFAULT_LENGTH = 512  # of a sample, in tokens, as in TensorRT-LLM's quantize.py
 
@@ -45,6 +49,33 @@ def run_calibrate(
     ``notes`` gets what the user should know. Raises: UserError where options, model or text are bad, or ``output_dir`` holds the
     calibration of another model.
     """
+    source, samples, header = measured_on(config, identity, dtype, mode, flags, notes)
+    model = header["model_fingerprint"]
+    # the identity sees changes that the model's fingerprint, of a part of its numbers, may not
+    header["cache_key"] = fingerprint(VERSION, model, identity, header["text"], header["options"])
+    if (there := _there(output_dir, model)) is not None and there.header.get("cache_key") == header["cache_key"]:
+        notes.append(f"{output_dir} is up to date: the same model, text and options")
+        return there
+    made = _calibrated(config, source, samples, settings_of(dtype, mode, flags), output_dir)
+    result = Calibration(
+        made.input_amax, made.input_mean, made.keys, made.values, made.experts, header, str(output_dir)
+    )
+    write_calibration(output_dir, result)
+    return result
+
+
+def measured_on(
+    config: ModelConfig,
+    identity: dict[str, Any],
+    dtype: str,
+    mode: NormalizationMode,
+    flags: CalibrationFlags,
+    notes: list[str],
+) -> tuple[Source, list[list[int]], dict[str, Any]]:
+    """The model's weights, the samples to run through it, and what a header says of them.
+
+    Raises: UserError where options, model or text are bad.
+    """
     length = flags.calib_max_seq_length
     length = min(DEFAULT_LENGTH, config.max_position_embeddings) if length is None else length
     check_sizes(flags.calib_size, length, config.max_position_embeddings)
@@ -52,31 +83,23 @@ def run_calibrate(
         raise UserError(f"--calib_min_tokens {flags.calib_min_tokens}: give 1 or more")
     samples = samples_of(config, identity, flags, length, notes)
     source = open_source(identity, config)
-    model = model_fingerprint(config, source)
-    header: dict[str, Any] = {
-        "model_fingerprint": model,
-        "dataset": "default" if flags.calib_dataset is None else str(flags.calib_dataset),
-        "text": {"sha256": _sha256(samples), "samples": len(samples), "tokens": sum(map(len, samples))},
-        "options": {
-            "dtype": dtype,
-            "normalization_mode": int(mode),
-            "calib_size": flags.calib_size,
-            "calib_max_seq_length": length,
-            "calib_min_tokens": flags.calib_min_tokens,
-            "device": flags.device.value,
+    return (
+        source,
+        samples,
+        {
+            "model_fingerprint": model_fingerprint(config, source),
+            "dataset": "default" if flags.calib_dataset is None else str(flags.calib_dataset),
+            "text": {"sha256": _sha256(samples), "samples": len(samples), "tokens": sum(map(len, samples))},
+            "options": {
+                "dtype": dtype,
+                "normalization_mode": int(mode),
+                "calib_size": flags.calib_size,
+                "calib_max_seq_length": length,
+                "calib_min_tokens": flags.calib_min_tokens,
+                "device": flags.device.value,
+            },
         },
-    }
-    # the identity sees changes that the model's fingerprint, of a part of its numbers, may not
-    header["cache_key"] = fingerprint(VERSION, model, identity, header["text"], header["options"])
-    if (there := _there(output_dir, model)) is not None and there.header.get("cache_key") == header["cache_key"]:
-        notes.append(f"{output_dir} is up to date: the same model, text and options")
-        return there
-    made = _calibrated(config, source, samples, _settings(dtype, mode, flags), output_dir)
-    result = Calibration(
-        made.input_amax, made.input_mean, made.keys, made.values, made.experts, header, str(output_dir)
     )
-    write_calibration(output_dir, result)
-    return result
 
 
 def calibrate_beside(
@@ -117,7 +140,7 @@ def samples_of(
     return samples
 
 
-def _settings(dtype: str, mode: NormalizationMode, flags: CalibrationFlags) -> Settings:
+def settings_of(dtype: str, mode: NormalizationMode, flags: CalibrationFlags) -> Settings:
     import torch
 
     from moecompiler.calibration.streaming import Settings
@@ -128,7 +151,7 @@ def _settings(dtype: str, mode: NormalizationMode, flags: CalibrationFlags) -> S
 
 
 def _calibrated(
-    config: ModelConfig, source: Any, samples: list[list[int]], settings: Settings, output_dir: Path
+    config: ModelConfig, source: Source, samples: list[list[int]], settings: Settings, output_dir: Path
 ) -> Calibration:
     from moecompiler.calibration.streaming import calibrate
 
@@ -136,16 +159,21 @@ def _calibrated(
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output_dir {output_dir}: cannot be made: {error.strerror}") from None
+    return with_progress("calibrating", partial(calibrate, config, source, samples, settings, output_dir))
+
+
+def with_progress(what: str, run: Callable[[Callable[[int, int], None]], Made]) -> Made:
+    """Calls ``run`` with a function that shows how much is done, of how much, where a person is looking."""
     console = Console(stderr=True)
     bar = Progress(console=console, transient=True) if console.is_terminal else None
-    task = None if bar is None else bar.add_task("calibrating", total=None)
+    task = None if bar is None else bar.add_task(what, total=None)
 
     def progress(done: int, total: int) -> None:
         if bar is not None and task is not None:
             bar.update(task, completed=done, total=total)
 
     with bar or nullcontext():
-        return calibrate(config, source, samples, settings, output_dir, progress)
+        return run(progress)
 
 
 def _there(output_dir: Path, model: str) -> Calibration | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moecompiler.artifact import Artifact
 from moecompiler.tools import options as opt
+from moecompiler.tools.awq import smoothed
 from moecompiler.tools.build import check_engine, run_build
 from moecompiler.tools.calibration import calibrate_beside
 from moecompiler.tools.export import run_export
@@ -41,6 +42,7 @@ def compile_(
 ) -> None:
     """Compile a checkpoint into engines: export + optimize + build."""
     job = make_job(source, parallel, graph, passes, partial(calibrate_beside, output_dir, calibration))
+    job = smoothed(job, passes, calibration, output_dir)
     passes = replace(passes.for_backend(engine.backend), recipe=job.quantization)
     check_instruments(instruments, passes.selection)
     for note in run_compile(job, output_dir, engine, passes, instruments, work):

@@ -10,6 +10,7 @@ from pathlib import Path
 from moecompiler.artifact_writer import writing
 from moecompiler.atomic import fingerprint, temporary_path
 from moecompiler.tools import options as opt
+from moecompiler.tools.awq import smoothed
 from moecompiler.tools.calibration import calibrate_beside
 from moecompiler.tools.flags import (
     CalibrationFlags,
@@ -36,6 +37,7 @@ def export(
 ) -> None:
     """Export a checkpoint to ONNX, rank by rank (the old convert_checkpoint)."""
     job = make_job(source, parallel, graph, quantization, partial(calibrate_beside, output_dir, calibration))
+    job = smoothed(job, quantization, calibration, output_dir)
     run_export(job, output_dir, work)
     print(f"exported {len(ranks_asked_for(job.mapping.world_size, work.rank))} rank(s) to {output_dir}")
 

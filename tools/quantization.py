@@ -33,7 +33,13 @@ from moecompiler.tools.quantization_options import QFormat
 Source = JsonObject[str, Any]  # the identity of a checkpoint, see ``checkpoint.Source.identity``
 Measure = Callable[[], Calibration]
 
-_SCHEMES = {QFormat.fp8: "fp8", QFormat.int8_wo: "int8", QFormat.int4_wo: "int4", QFormat.nvfp4: "nvfp4"}
+_SCHEMES = {
+    QFormat.fp8: "fp8",
+    QFormat.int8_wo: "int8",
+    QFormat.int4_wo: "int4",
+    QFormat.int4_awq: "int4",
+    QFormat.nvfp4: "nvfp4",
+}
 
 _WEIGHTS = (
     *(f"self_attn.{each}_proj.weight" for each in "qkvo"),
@@ -93,6 +99,8 @@ def checked_recipe(
                 f"--scales {flags.scales}: goes with --qformat fp8, or a recipe that says so; give that too"
             )
         return with_scales(held, flags, config, source, f"--model_dir {source['model_dir']}")
+    if flags.qformat is QFormat.int4_awq:
+        _check_awq(source, held, searches=measure is not None)
     where = f"--quantization {flags.quantization}" if flags.quantization is not None else _option(flags)
     stacks = linear_stacks(config)
     check_recipe(recipe, stacks, where)
@@ -139,6 +147,16 @@ def with_scales(
             " `moecompiler calibrate` makes"
         )
     return with_input_scales(recipe, config, measure().input_scale)
+
+
+def _check_awq(source: Source, held: QuantizationRecipe | None, *, searches: bool) -> None:
+    """``searches``: whether the verb can. Raises: UserError where there are no scales of AWQ and cannot be."""
+    if held is not None:
+        raise UserError(
+            f"--qformat int4_awq: --model_dir {source['model_dir']} is quantized already; give the unquantized checkpoint"
+        )
+    if "awq" not in source and not searches:
+        raise UserError("--qformat int4_awq: AWQ's search is part of export and compile; give --qformat to these")
 
 
 def _option(flags: QuantizationFlags) -> str:

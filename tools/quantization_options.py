@@ -25,6 +25,7 @@ class QFormat(StrEnum):
     fp8 = "fp8"
     int8_wo = "int8_wo"
     int4_wo = "int4_wo"
+    int4_awq = "int4_awq"
     nvfp4 = "nvfp4"
 
 

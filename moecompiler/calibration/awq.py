@@ -127,7 +127,8 @@ def search(
                 _expert(found, layer, expert, states, routing, scales, least)
                 run_expert(place, layer, expert, states, routing, least, each)
                 progress(done + experts + 2 * (expert + 1), total)
-    return Smoothing(found.rows, found.columns, found.clips, header)
+    sizes = {name: scheme.block_size for name in found.clips if (scheme := scheme_of(name.removesuffix(".weight")))}
+    return Smoothing(found.rows, found.columns, found.clips, header | {"group_sizes": sizes})
 
 
 @torch.inference_mode()
