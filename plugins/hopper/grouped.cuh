@@ -3,8 +3,8 @@
 // whatever their number. One warp fetches weights by the copy engine and one tokens, each into a ring of its own, so that neither
 // waits for the other's stages. Two warpgroups multiply 64 rows of weights each. Tiles of wide experts come first.
 //
-// Before it: LOCAL, HIDDEN, constants COLUMNS of a step, which take 128 bytes of a token's row, and WIDEST, at most 288. A step of
-// weights, 128 bytes of a row of codes, may be of more columns: PARTS steps of tokens go with it.
+// Before it: LOCAL, HIDDEN, constants COLUMNS of a step, which take 128 bytes of a token's row, and WIDEST, at most 288. A step
+// of weights, 128 bytes of a row of codes, may be of more columns: PARTS steps of tokens go with it.
 #pragma once
 
 #include "wgmma.cuh"
@@ -136,8 +136,9 @@ __forceinline__ void write_down(float (&d)[N / 2], int first, uint32_t out, uint
   }
 }
 
-// A warp does it; `ahead(tile, step, lane)` is what it does besides when the step's weights are on their way.
-template <bool UP, int STEPS, class Ahead>
+// A whole warp does it, or its first lane alone; `ahead(tile, step, lane)` is what it does besides when the step's weights are on
+// their way. STEP: a step's elements, as the tensor map counts them.
+template <bool UP, int STEPS, int STEP, bool WHOLE_WARP, class Ahead>
 __forceinline__ void fetch_weights(Shared& shared, Cursor ring, const TensorMap* weights, int count, int lane, Ahead ahead) {
   for (int turn = 0, index; (index = tile_index(turn)) < count; turn++) {
     Tile tile = locate(shared.experts, index);
@@ -147,12 +148,13 @@ __forceinline__ void fetch_weights(Shared& shared, Cursor ring, const TensorMap*
       if (lane == 0) {
         arrive_expecting(ring.full_barrier(), WEIGHT_BYTES);
         if constexpr (UP)  // groups of 8 rows of gate and of up by turns
-          load_box(ring.address(), weights, ring.full_barrier(), policy, step * STEP_BYTES, 0, 0, tile.column * (ROWS / 16),
+          load_box(ring.address(), weights, ring.full_barrier(), policy, step * STEP, 0, 0, tile.column * (ROWS / 16),
                    tile.expert);
         else
-          load_box(ring.address(), weights, ring.full_barrier(), policy, step * STEP_BYTES, tile.column * ROWS, tile.expert);
+          load_box(ring.address(), weights, ring.full_barrier(), policy, step * STEP, tile.column * ROWS, tile.expert);
       }
       ahead(tile, step, lane);
+      if constexpr (WHOLE_WARP) __syncwarp();  // no lane may wait for what the others have left a whole ring behind
     }
   }
 }
@@ -174,7 +176,8 @@ __forceinline__ void fetch_tokens(Shared& shared, Cursor ring, const TensorMap* 
 
 // `consume(shared, rings, out, group, thread, count)` is what each of the two warpgroups does with `count` tiles. If
 // `totals_are_late`, the launch before this one writes `totals`; else they are there when it starts. STEPS: of weights.
-template <bool UP, int STEPS, int PARTS, int COLUMN_TILES, class Ahead, class Consume>
+template <bool UP, int STEPS, int PARTS, int COLUMN_TILES, int STEP = STEP_BYTES, bool WHOLE_WARP = true, class Ahead,
+          class Consume>
 __forceinline__ void run(const TensorMap* weights, const TensorMap* tokens, const int* totals, bool totals_are_late, Ahead ahead,
                          Consume consume) {
   extern __shared__ char memory[];
@@ -199,7 +202,8 @@ __forceinline__ void run(const TensorMap* weights, const TensorMap* tokens, cons
   Rings rings = make_rings<PARTS>(shared, ring, shared.experts.width[0]);
   if (group == 0) {
     fewer_registers<40>();
-    if (thread < 32) fetch_weights<UP, STEPS>(shared, rings.weights, weights, count, thread, ahead);
+    if (thread < (WHOLE_WARP ? 32 : 1))
+      fetch_weights<UP, STEPS, STEP, WHOLE_WARP>(shared, rings.weights, weights, count, WHOLE_WARP ? thread : 0, ahead);
     if (thread == 32) {
       wait_for_previous();
       fetch_tokens<STEPS * PARTS>(shared, rings.tokens, tokens, count);
@@ -215,5 +219,5 @@ template <bool UP, int STEPS, int COLUMN_TILES, class Consume>
 __forceinline__ void run(const TensorMap* weights, const TensorMap* tokens, const int* totals, bool totals_are_late,
                          Consume consume) {
   auto nothing = [](const Tile&, int, int) {};
-  run<UP, STEPS, 1, COLUMN_TILES>(weights, tokens, totals, totals_are_late, nothing, consume);
+  run<UP, STEPS, 1, COLUMN_TILES, COLUMNS, false>(weights, tokens, totals, totals_are_late, nothing, consume);
 }
