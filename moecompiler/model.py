@@ -63,6 +63,8 @@ class Attention(nn.Module):
 
     Tokens to the right of a prompt's end may write garbage into slots past it: a query sees only slots up to its own
     position, and each of those was written by a real token first.
+
+    ``held`` and ``shares`` are where a reference rounds what goes into a quantized cache, and what meets it.
     """
 
     def __init__(self, config: ModelConfig, shape: RankShape, group: tuple[int, ...]):
@@ -86,6 +88,7 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
         q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k, v = self.held(q, k, v)
 
         slots = position_ids[:, None, :, None].expand(k.shape)
         keys, values = cache[0].scatter(2, slots, k), cache[1].scatter(2, slots, v)
@@ -96,10 +99,20 @@ class Attention(nn.Module):
         scores = (grouped @ keys.transpose(2, 3)).float() * self.head_dim**-0.5
         scores = scores.view(batch, self.kv_heads, -1, length, keys.shape[2])  # [B, K, G, S, T]
         scores = scores.masked_fill(~self.visible(position_ids, keys.shape[2]), torch.finfo(scores.dtype).min)
-        weights = torch.softmax(scores, dim=-1).to(x.dtype)
+        weights = self.shares(scores).to(x.dtype)
         out = weights.view(batch, self.kv_heads, -1, keys.shape[2]) @ values
         out = out.view(batch, self.heads, length, self.head_dim).transpose(1, 2).reshape(batch, length, -1)
         return all_reduce(self.o_proj(out), self.group), (keys, values)
+
+    def held(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Heads ``[B, N, S, D]`` and ``[B, K, S, D]`` as they meet, and are kept in, the cache."""
+        return q, k, v
+
+    def shares(self, scores: torch.Tensor) -> torch.Tensor:
+        """float32 ``[B, K, G, S, T]``; a reference may round them."""
+        return torch.softmax(scores, dim=-1)
 
     def visible(self, position_ids: torch.Tensor, slots: int) -> torch.Tensor:
         """Which cache slots each query sees, bool ``[B, 1, 1, S, T]``."""

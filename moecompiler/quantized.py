@@ -61,9 +61,10 @@ def without(plan: QuantizationRecipe, kept: Iterable[str]) -> QuantizationRecipe
 
 
 def formats_of(plan: QuantizationRecipe | None) -> frozenset[Format]:
-    """The formats that weights may be in."""
+    """The formats that weights may be in, and the KV cache."""
     rules = () if plan is None else plan.rules
-    return frozenset(rule.scheme.format for rule in rules if rule.scheme is not None)
+    cache = {plan.cache.format} if plan is not None and plan.cache is not None else set()
+    return frozenset({rule.scheme.format for rule in rules if rule.scheme is not None} | cache)
 
 
 def numbers_by(plan: QuantizationRecipe | None, recipe: Recipe, dtype: str) -> Recipe:

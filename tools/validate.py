@@ -133,7 +133,11 @@ def validate_with(request: Request, artifact: Artifact, communicator: Communicat
         RankPlace(job.model, job.mapping, job.export, communicator.rank, quantization_of(artifact, communicator.rank)),
         reader,
         scenarios,
-        for_formats(TOLERANCES[backend.compute_dtype(job.export.dtype)], formats_of(job.quantization)),
+        for_formats(
+            TOLERANCES[backend.compute_dtype(job.export.dtype)],
+            formats_of(job.quantization),
+            cache=job.quantization is not None and job.quantization.cache is not None,
+        ),
         communicator,
         against_hf=request.against_hf,
         every_part=request.every_part,

@@ -14,6 +14,7 @@ from moecompiler.export import cache_names
 from moecompiler.graph import output_of
 from moecompiler.model import Cache, RankModule
 from moecompiler.reference import empty_caches
+from moecompiler.rounded_cache import as_codes, as_numbers
 from moecompiler.runtime.communicator import Communicator, using_communicator
 from moecompiler.validation.place import Arrays, RankPlace
 from moecompiler.validation.recording import RecordingCommunicator
@@ -51,9 +52,10 @@ def run_reference(
         x = step.input_ids if mapping.is_first_stage(rank) else communicator.receive(rank - stage)
         feeds = _feeds(place, step, x, caches)
         if types is not None:
-            feeds = {name: rounded(array, types[name]) for name, array in feeds.items()}
+            held = {name: as_codes(place.quantization, name, a, place.options.dtype) for name, a in feeds.items()}
+            feeds = {name: rounded(array, types[name]) for name, array in held.items()}
         with _boundaries(module, recorder) as (inner, partials), using_communicator(recorder):
-            outputs, caches, margins = call_module(module, place, feeds)
+            outputs, caches, margins = call_module(module, place, feeds, codes=types is not None)
         records.append(RankStep(feeds, outputs, inner, partials, margins))
         if not mapping.is_last_stage(rank):
             communicator.send(outputs[place.main_output], rank + stage)
@@ -90,9 +92,13 @@ class _NoExperts(torch.nn.Module):
         return torch.zeros_like(x)
 
 
-def call_module(module: RankModule, place: RankPlace, feeds: Arrays) -> tuple[Arrays, list[Cache], np.ndarray]:
+def call_module(
+    module: RankModule, place: RankPlace, feeds: Arrays, *, codes: bool = False
+) -> tuple[Arrays, list[Cache], np.ndarray]:
     """The rank module called as its graph is: named arrays in, named float32 arrays out; the updated caches again; and each
-    token's smallest router margin ``[B, S]``."""
+    token's smallest router margin ``[B, S]``. With ``codes``, quantized caches are given as an engine holds them."""
+    if codes:
+        feeds = {name: as_numbers(place.quantization, name, a, place.options.dtype) for name, a in feeds.items()}
     tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
     pairs = [cache_names(layer, "past_key_values") for layer in place.layers]
     caches = [(tensors[key].float(), tensors[value].float()) for key, value in pairs]

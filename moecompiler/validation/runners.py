@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from polygraphy.backend.base import BaseRunner
@@ -12,6 +13,7 @@ from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator, RunResults, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
 
+from moecompiler.rounded_cache import as_numbers
 from moecompiler.validation.difference import relative_error
 from moecompiler.validation.place import Arrays, RankPlace
 from moecompiler.validation.reference_run import RankStep
@@ -72,6 +74,10 @@ def compare_rank(
     feeds, ran = [record.feeds for record in records], iter(records)
     module = ModuleRunner(lambda _: next(ran).outputs, feeds[0], name=f"torch module of rank {place.rank}")
     results = Comparator.run([runner(feeds[0]), module], data_loader=feeds)
+    numbers = partial(as_numbers, place.quantization, dtype=place.options.dtype)
+    for iteration in results[0][1]:  # the engine's
+        for name in list(iteration):
+            iteration[name] = numbers(name, iteration[name])
     widened = [(name, [_float32(iteration) for iteration in iterations]) for name, iterations in results]
     for (_, iterations), (_, wide) in zip(results, widened, strict=True):
         for iteration, arrays in zip(iterations, wide, strict=True):
@@ -129,5 +135,10 @@ def _float32(iteration: Arrays) -> Arrays:
 
 def as_engine_type(array: np.ndarray, ort_type: str) -> np.ndarray:
     """What the engine takes: the reference's float32 is rounded where the engine has a narrower type."""
-    wanted = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(int64)": np.int64}[ort_type]
+    wanted = {
+        "tensor(float16)": np.float16,
+        "tensor(float)": np.float32,
+        "tensor(int64)": np.int64,
+        "tensor(int8)": np.int8,
+    }[ort_type]
     return np.ascontiguousarray(array, dtype=wanted)

@@ -84,10 +84,10 @@ _QUANTIZED = {
 _FEW = 100
 
 
-def for_formats(tolerance: Tolerance, formats: Collection[Format]) -> Tolerance:
+def for_formats(tolerance: Tolerance, formats: Collection[Format], *, cache: bool = False) -> Tolerance:
     """The bounds of engines with weights in these formats, against PyTorch with what these stand for, where ``tolerance`` is that
-    of their arithmetic: FP8 weights get rounded inputs."""
-    if Format.E4M3 not in formats:
+    of their arithmetic: FP8 weights get rounded inputs, and a ``cache`` of codes rounded keys and values."""
+    if Format.E4M3 not in formats and not cache:
         return tolerance
     return _FP8_INPUTS if tolerance == TOLERANCES["float32"] else TOLERANCES["bfloat16"]
 

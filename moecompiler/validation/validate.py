@@ -12,6 +12,7 @@ from moecompiler.backends.base import Backend
 from moecompiler.checkpoint import Source
 from moecompiler.quantized import formats_of, numbers_by
 from moecompiler.reference import load_rank_module
+from moecompiler.rounded_cache import round_cache
 from moecompiler.rounded_inputs import round_inputs
 from moecompiler.runtime.communicator import Communicator
 from moecompiler.runtime.session import StageSession, closing
@@ -64,6 +65,7 @@ def validate_rank(
     quantized = partial(numbers_by, place.quantization, dtype=backend.compute_dtype(place.options.dtype))
     module = load_rank_module(place.config, place.mapping, place.rank, place.options, reader, "float32", quantized)
     round_inputs(module, place.quantization, place.options.dtype)
+    round_cache(module, place.quantization, place.options.dtype)
     engine = open_engine(artifact, backend, place.rank, threads)
     outputs: list[OutputReport] = []
     records: list[RankStep] = []
