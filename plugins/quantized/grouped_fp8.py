@@ -85,7 +85,7 @@ class GroupedFp8:
     sizes: Sizes
     dtype: str
     processors: int
-    promoted: int = 0
+    promoted: int = PROMOTED
 
     @cached_property
     def _moe(self) -> NodeKernels:
@@ -206,7 +206,7 @@ class LinearFp8Tactic:
     columns: int
     dtype: str
     processors: int
-    promoted: int = 0
+    promoted: int = PROMOTED
 
     @cached_property
     def kernels(self) -> tuple[AnyKernel, ...]:
@@ -256,8 +256,8 @@ def moe_tactics(sizes: Sizes, dtype: str, sm: int) -> tuple[GroupedFp8Tactic, ..
         return ()
     grouped = GroupedFp8(sizes, dtype, multiprocessors(sm))
     return (
-        GroupedFp8Tactic("grouped fp8", grouped),
-        GroupedFp8Tactic("grouped fp8 promoted", replace(grouped, promoted=PROMOTED)),
+        GroupedFp8Tactic("grouped fp8", replace(grouped, promoted=0)),
+        GroupedFp8Tactic("grouped fp8 promoted", grouped),
     )
 
 
@@ -265,5 +265,5 @@ def linear_tactics(rows: int, columns: int, dtype: str, sm: int) -> tuple[Linear
     """None where there are no kernels."""
     if not fits((rows, columns), dtype, sm):
         return ()
-    plain = LinearFp8Tactic("grouped fp8", rows, columns, dtype, multiprocessors(sm))
-    return plain, replace(plain, name="grouped fp8 promoted", promoted=PROMOTED)
+    promoted = LinearFp8Tactic("grouped fp8 promoted", rows, columns, dtype, multiprocessors(sm))
+    return replace(promoted, name="grouped fp8", promoted=0), promoted
