@@ -28,7 +28,8 @@ from moecompiler.plugins.launch import (
     power_of_two,
     shared_memory,
 )
-from moecompiler.plugins.quantized import grouped_fp8
+from moecompiler.plugins.quantized import grouped_codes, grouped_fp8
+from moecompiler.plugins.quantized.dequantize import forms
 
 _MODULE = "moecompiler.plugins.quantized.linear_kernels"
 _KINDS = {"Int8": "int8", "Int4": "int4", "Int4Asymmetric": "int4_asymmetric", "Fp8": "fp8", "Nvfp4": "nvfp4"}
@@ -326,10 +327,12 @@ def tactics(op: str, attributes: Mapping[str, Any], dims: Dims, dtype: str, sm: 
         return ()
     rows, tiles, thin = triton_tactics(weight, dtype, sm)
     if weight.kind == "fp8":
-        grouped = grouped_fp8.linear_tactics(weight.out, weight.columns, dtype, sm)
-        if grouped:
-            return tuple(_joined(few, limit, many) for few, limit in ((rows, 16), (thin, 64)) for many in grouped)
-    return rows, tiles, thin
+        grouped: tuple[Tactic, ...] = grouped_fp8.linear_tactics(weight.out, weight.columns, dtype, sm)
+    else:
+        form = next(form for form in forms() if form.name == op.removeprefix("Linear"))
+        grouped = grouped_codes.linear_tactics(form, weight.block, weight.out, weight.columns, dtype, sm)
+    joined = tuple(_joined(few, limit, many) for few, limit in ((rows, 16), (thin, 64)) for many in grouped)
+    return (*joined, tiles) if joined else (rows, tiles, thin)
 
 
 def triton_tactics(weight: Weight, dtype: str, sm: int) -> tuple[LinearTactic, LinearTactic, LinearTactic]:
