@@ -80,6 +80,7 @@ _QUANTIZED = {
     Format.INT4: (0.2, 0.8),
     Format.UINT4: (0.2, 0.8),
     Format.E4M3: (3e-2, 0.92),
+    Format.E2M1: (0.2, 0.8),
 }
 _FEW = 100
 
