@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import onnx
+
 from moecompiler.errors import UserError
 from moecompiler.graph import Program
 from moecompiler.quantization.recipe import QuantizationRecipe, Rule
@@ -89,6 +91,15 @@ def numbers_of(recipe: Recipe, scheme: WeightScheme, dtype: str, *, transposed: 
 
 
 def formats(programs: Iterable[Program]) -> frozenset[Format]:
-    """The formats that weights of the programs are in as codes."""
+    """The formats that weights of the programs are in as codes; E4M3 also where caches hold codes, whatever these are."""
+    programs = tuple(programs)
     recipes = (recipe for program in programs for recipe in program.weights.values())
-    return frozenset(r.quantized.scheme.format for r in recipes if r.quantized and r.quantized.part is Part.CODES)
+    found = {r.quantized.scheme.format for r in recipes if r.quantized and r.quantized.part is Part.CODES}
+    return frozenset(found | ({Format.E4M3} if caches_of_codes(programs) else set()))
+
+
+def caches_of_codes(programs: Iterable[Program]) -> bool:
+    """Whether the KV caches of the programs hold codes."""
+    inputs = (value for program in programs for value in program.model.graph.input)
+    int8 = onnx.TensorProto.INT8
+    return any(v.name.startswith("past_key_values.") and v.type.tensor_type.elem_type == int8 for v in inputs)

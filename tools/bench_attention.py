@@ -41,7 +41,7 @@ OPS = {
 
 @dataclass(frozen=True)
 class Case:
-    """``new`` tokens in each of ``batch`` sequences behind ``past`` ones, in a cache of ``slots`` that holds ``cache``, of ``OPS``."""
+    """``new`` tokens in each of ``batch`` sequences behind ``past`` ones; the cache has ``slots`` and holds what ``OPS`` says."""
 
     batch: int
     new: int

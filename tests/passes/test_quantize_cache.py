@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import pytest
 from programs import (
     GRID,
     MAX_SEQ_LEN,
-    Passage,
     Programs,
     Subject,
-    build_and_load,
-    hf_logits,
-    run_ranks,
 )
 
-from moecompiler.calibration.result import Calibration
 from moecompiler.config import ExportOptions
-from moecompiler.graph import Program, check, floating_type
+from moecompiler.graph import check, floating_type
 from moecompiler.passes.pipelines import named_pipelines
-from moecompiler.passes.quantize_cache import QuantizeCache
-from moecompiler.pipeline import apply, run_passes
+from moecompiler.pipeline import run_passes
 from moecompiler.quantization.cache import CacheQuantization
-from moecompiler.quantization.recipe import QuantizationRecipe, default_recipe
-from moecompiler.quantization.schemes import INT8, Format
+from moecompiler.quantization.recipe import QuantizationRecipe
+from moecompiler.quantization.schemes import Format
 
 # largest keys and values that `calibrate` finds in the shipped model are about so many
 SCALES = {Format.E4M3: (12 / 448, 4 / 448), Format.INT8: (12 / 127, 4 / 127)}
