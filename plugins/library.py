@@ -36,7 +36,7 @@ def plugin_ops() -> dict[str, PluginOp]:
     from moecompiler.plugins.rmsnorm.op import ADD_RMS_NORM, RMS_NORM
 
     anyhow = moe_spec(NormalizationMode.RENORMALIZE, 2)  # inputs and attributes are the same in every mode
-    ops = (PluginOp(RMS_NORM), PluginOp(ADD_RMS_NORM), PluginOp(anyhow))
+    ops: tuple[PluginOp, ...] = (PluginOp(RMS_NORM), PluginOp(ADD_RMS_NORM), PluginOp(anyhow))
     ops += tuple(PluginOp(spec, {1: 6, 2: 7}) for spec in (ATTENTION, *ATTENTION_SPECS))  # caches are written in place
     for form in forms():
         if not form.ordered:  # features in another order: only the body can
