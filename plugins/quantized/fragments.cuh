@@ -1,4 +1,4 @@
-// Codes as the left operand of warpgroup products: a segment of 64 columns of a warpgroup's 64 rows, converted in registers.
+// Codes as the left operand of warpgroup products: 32 columns of a warpgroup's 64 rows at a time, converted in registers.
 //
 // A thread gets from `ldmatrix` 4 bytes of each 16 of its row and of the one 8 rows below: of lane l, c = l % 4, bytes 4c to 4c + 3.
 // Products take of it, for each 16 columns, those at 2c, 2c + 1, 2c + 8 and 2c + 9. So tokens come in another order, in which the
@@ -18,7 +18,6 @@ constexpr Format FORMAT = CODES;
 constexpr bool TWO_IN_A_BYTE = FORMAT != INT8;
 constexpr int SEGMENT = 64;                    // columns
 constexpr int PARTS = TWO_IN_A_BYTE ? 4 : 2;   // segments in 128 bytes of a row
-constexpr int WORDS = TWO_IN_A_BYTE ? 4 : 8;   // of a segment that a thread holds
 constexpr bool SCALED = FORMAT == E2M1 || (FORMAT != INT8 && BLOCK > 0);  // code by code; else sums are
 constexpr float LEFT_OVER = FORMAT == E2M1 ? 128 : 1;                      // to be multiplied to sums
 
@@ -35,19 +34,11 @@ __forceinline__ uint32_t product(uint32_t x, uint32_t y) {
 }
 __forceinline__ uint32_t both(uint32_t element) { return __byte_perm(element, 0, 0x1010); }
 
-// Codes of a segment: of int8, words of the thread's row and then of the one below, one for each 16 columns; else of both rows in
-// columns 0 to 31, and then in the others. `stage` is where the warpgroup's rows lie, 128 swizzled bytes each.
-__forceinline__ void load_codes(uint32_t (&words)[WORDS], uint32_t stage, int part, int warp, int lane) {
-  uint32_t (*fours)[4] = reinterpret_cast<uint32_t(*)[4]>(words);
+// 32 bytes of a row and of the one 8 rows below, both rows' first halves and then both rows' second ones: a segment of 4-bit codes,
+// half of one of int8. `stage` is where the warpgroup's rows lie, 128 swizzled bytes each, of which these are the `index`-th.
+__forceinline__ void load_codes(uint32_t (&words)[4], uint32_t stage, int index, int warp, int lane) {
   int row = lane % 8, matrix = lane / 8;
-  if constexpr (TWO_IN_A_BYTE) {
-    uint32_t first = stage + (warp * 16 + matrix % 2 * 8 + row) * 128 + (matrix / 2 ^ row) * 16;
-    load_matrices(fours[0], first ^ part * 32);
-  } else {
-    uint32_t first = stage + (warp * 16 + row) * 128 + (matrix ^ row) * 16;
-    load_matrices(fours[0], first ^ part * 64);
-    load_matrices(fours[WORDS / 4 - 1], (first ^ part * 64) + 8 * 128);
-  }
+  load_matrices(words, (stage + (warp * 16 + matrix % 2 * 8 + row) * 128 + (matrix / 2 ^ row) * 16) ^ index * 32);
 }
 
 // int8: 0x64 before a byte u is 1024 + u in float16. bfloat16 has a bit less: 0x43 before the lower 7 is 128 + these, and the
@@ -84,56 +75,53 @@ struct RawScales {
   signed char zeros[2];
 };
 
-// Pairs of equal elements: of a row, for columns 0 to 31 and 32 to 63, which differ for E2M1 alone.
+// Pairs of equal elements: of a row.
 struct Factors {
-  uint32_t scale[2][2], zero[2];
+  uint32_t scale[2], zero[2];
 };
 
-// `quad`: the thread's place in its quad.
-__forceinline__ Factors factors_of(const RawScales& raw, int quad) {
+// Of a segment's half. `quad`: the thread's place in its quad.
+__forceinline__ Factors factors_of(const RawScales& raw, int half, int quad) {
   Factors factors;
 #pragma unroll
   for (int row = 0; row < 2; row++) {
     if constexpr (FORMAT == E2M1) {
-      // two of E4M3's, without their signs, where an element has exponent and fraction: times 2^-8 (2^-120). With 2^7 (2^119)
+      // E4M3's exponent and fraction where an element has them, as a scale has no sign: times 2^-8 (2^-120). With 2^7 (2^119)
       // times the scale, products with codes as they come are 2^-7 of the number, and exact.
-      uint32_t two = __byte_perm(raw.words[row], 0, quad / 2 ? 0x4341 : 0x4240);
+      uint32_t scale = __byte_perm(raw.words[row], 0, 0x4040 + 0x0101 * (2 * half + quad / 2));
 #if ELEMENT_IS_BFLOAT16
-      two = product(product(two << 4, 0x7B807B80), 0x7B007B00);
+      factors.scale[row] = product(product(scale << 4, 0x7B807B80), 0x7B007B00);
 #else
-      two = product(two << 7, 0x78007800);
+      factors.scale[row] = product(scale << 7, 0x78007800);
 #endif
-      factors.scale[row][0] = both(two), factors.scale[row][1] = __byte_perm(two, 0, 0x3232);
     } else {
-      if (SCALED) factors.scale[row][0] = factors.scale[row][1] = both(raw.scales[row]);
+      if (SCALED) factors.scale[row] = both(raw.scales[row]);
       factors.zero[row] = FORMAT == INT4_ASYMMETRIC ? both(EIGHT + raw.zeros[row]) : EIGHT * 0x10001;
     }
   }
   return factors;
 }
 
-// A segment's codes as the fragments of four products of 16 columns.
-__forceinline__ void convert(uint32_t (&fragments)[4][4], const uint32_t (&words)[WORDS], const Factors& factors) {
+// The fragments of two products of 16 columns, a segment's `half`, which has two of the words of 4-bit codes, and all of int8's.
+__forceinline__ void convert(uint32_t (&fragments)[2][4], const uint32_t (&words)[4], int half, const Factors& factors) {
 #pragma unroll
   for (int row = 0; row < 2; row++) {
     if constexpr (FORMAT == INT8) {
 #pragma unroll
-      for (int k = 0; k < 4; k++) {
-        fragments[k][row] = int8_pair<0x4140>(words[(4 * row + k) % WORDS]);
-        fragments[k][row + 2] = int8_pair<0x4342>(words[(4 * row + k) % WORDS]);
+      for (int k = 0; k < 2; k++) {
+        fragments[k][row] = int8_pair<0x4140>(words[2 * k + row]);
+        fragments[k][row + 2] = int8_pair<0x4342>(words[2 * k + row]);
       }
     } else {
 #pragma unroll
-      for (int half = 0; half < 2; half++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          uint32_t pair, word = words[2 * half + row];
-          if constexpr (FORMAT == E2M1)
-            pair = e2m1_pair(word, i);
-          else
-            pair = difference(int4_pair(word, i), factors.zero[row]);
-          fragments[2 * half + i / 2][row + i % 2 * 2] = SCALED ? product(pair, factors.scale[row][half]) : pair;
-        }
+      for (int i = 0; i < 4; i++) {
+        uint32_t pair, word = words[2 * half + row];
+        if constexpr (FORMAT == E2M1)
+          pair = e2m1_pair(word, i);
+        else
+          pair = difference(int4_pair(word, i), factors.zero[row]);
+        fragments[i / 2][row + i % 2 * 2] = SCALED ? product(pair, factors.scale[row]) : pair;
+      }
     }
   }
 }

@@ -10,17 +10,20 @@
 // Macros: HIDDEN, INTERMEDIATE, LOCAL experts, CODES, BLOCK, ELEMENT_IS_BFLOAT16. Shapes: R rows, H hidden, F intermediate, L local
 // experts. H (Linear: the columns) and F are multiples of 64 and of BLOCK, which is a multiple of 64 or, for E2M1, 16.
 
-constexpr int COLUMNS = 64;  // of a step of tokens
-constexpr int WIDEST = 128;  // tokens in a tile
+#include "fragments.cuh"
+
+constexpr int COLUMNS = SEGMENT;  // of a step of tokens
+// tokens in a tile: where each segment has scales and zero points of its own, registers are fewer
+constexpr int WIDEST = FORMAT == INT4_ASYMMETRIC && BLOCK % 128 > 0 ? 192 : 256;
 
 #include "grouped.cuh"
-#include "fragments.cuh"
 
 struct Scales {
   const uint8_t* scales;  // of rows or blocks: elements, or E4M3
   const uint8_t* extra;   // zero points, or E2M1's scales of rows, float32
 };
 
+constexpr int SPAN = BLOCK == 128 ? 2 : BLOCK % 256 == 0 ? PARTS : 1;  // segments of a step that have scales in common
 constexpr int SCALE_BYTES = FORMAT == E2M1 ? 1 : 2;
 constexpr int row_scales(int columns) { return BLOCK > 0 ? columns / BLOCK : 1; }
 
@@ -137,40 +140,41 @@ __forceinline__ void multiply(Rings& rings, uint32_t out, uint16_t* y, const Sca
 #pragma unroll
   for (int i = 0; i < N / 2; i++) d[i] = 0;
   auto rows = RowScales<IN>::template of<UP>(scales, tile, first);
-  RawScales raw[PARTS];  // of a step's segments; each is read anew for the next step when it has been used
+  RawScales raw[PARTS / SPAN];  // of a step's segments; each is read anew for the next step when it has been used
 #pragma unroll
-  for (int part = 0; part < PARTS; part++) raw[part] = rows.load(part);
-  uint32_t fragments[2][4][4], words[WORDS];
+  for (int i = 0; i < PARTS / SPAN; i++) raw[i] = rows.load(i * SPAN);
+  uint32_t fragments[2][2][4], words[4], tokens_before = 0;
   wait(rings.weights.full_barrier(), rings.weights.parity);
   load_codes(words, rings.weights.address() + group * (WEIGHT_BYTES / 2), 0, warp, lane);
-  convert(fragments[0], words, factors_of(raw[0], lane % 4));
-  raw[0] = rows.load(PARTS);
-  uint32_t tokens_before = 0;
+  convert(fragments[0], words, 0, factors_of(raw[0], 0, lane % 4));
   for (int step = 0; step < STEPS; step++) {
 #pragma unroll
-    for (int part = 0; part < PARTS; part++) {
-      const int next = (part + 1) % PARTS;
+    for (int piece = 0; piece < 2 * PARTS; piece++) {  // half a segment
+      const int next = (piece + 1) % (2 * PARTS), half = next % 2, slot = next / 2 / SPAN;
       bool more = next > 0 || step + 1 < STEPS;
-      if (more) {
+      if (more && (half == 0 || !TWO_IN_A_BYTE)) {
         if (next == 0) wait(rings.weights.full_barrier(), rings.weights.parity);
-        load_codes(words, rings.weights.address() + group * (WEIGHT_BYTES / 2), next, warp, lane);
+        load_codes(words, rings.weights.address() + group * (WEIGHT_BYTES / 2), TWO_IN_A_BYTE ? next / 2 : next, warp, lane);
       }
-      wait(rings.tokens.full_barrier(), rings.tokens.parity);
-      uint64_t b = rows_of_k(rings.tokens.address());
+      if (piece % 2 == 0) wait(rings.tokens.full_barrier(), rings.tokens.parity);
+      uint64_t b = rows_of_k(rings.tokens.address()) + piece % 2 * 4;
       wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < 4; k++) wgmma_rk<N>(d, fragments[part % 2][k], b + 2 * k, 1);
+      for (int k = 0; k < 2; k++) wgmma_rk<N>(d, fragments[piece % 2][k], b + 2 * k, 1);
       wgmma_commit();
       wgmma_wait<1>();
-      hold(fragments[1 - part % 2]);  // the products before these have read them
-      if ((step || part) && lane == 0) arrive(tokens_before);
-      tokens_before = rings.tokens.empty_barrier();
-      rings.tokens.next();
+      hold(fragments[1 - piece % 2]);  // the products before these have read them
+      if (piece % 2 == 0) {
+        if ((step || piece) && lane == 0) arrive(tokens_before);
+      } else {
+        tokens_before = rings.tokens.empty_barrier();
+        rings.tokens.next();
+      }
       if (more) {
         hold(words);
-        convert(fragments[1 - part % 2], words, factors_of(raw[next], lane % 4));
-        raw[next] = rows.load(step * PARTS + part + 1 + PARTS);
-        if (next == PARTS - 1) {
+        convert(fragments[1 - piece % 2], words, half, factors_of(raw[slot], half, lane % 4));
+        if ((next + 1) % (2 * SPAN) == 0) raw[slot] = rows.load((step + 1) * PARTS + slot * SPAN);
+        if (next == 2 * PARTS - 1) {
           if (lane == 0) arrive(rings.weights.empty_barrier());
           rings.weights.next();
         }
@@ -197,11 +201,15 @@ __forceinline__ void experts(const TensorMap* codes, const TensorMap* tokens, co
     for (int turn = 0, index; (index = tile_index(turn)) < count; turn++) {
       Tile tile = locate(shared.experts, index);
 #define WIDTH(n) \
-  case n: multiply<UP, IN, n>(rings, out, y, scales, tile, group, thread); break;
-      switch (tile.width) {
-        WIDTH(16) WIDTH(32) WIDTH(64) WIDTH(96) WIDTH(128)
-        
-      }
+  if (tile.width <= n) multiply<UP, IN, n>(rings, out, y, scales, tile, group, thread)
+      // With more widths the assembler finds too few registers for any. What lies behind a tile's tokens, in its ring or behind
+      // that, comes to nothing.
+      WIDTH(16);
+      else WIDTH(32);
+      else WIDTH(64);
+      else WIDTH(128);
+      else WIDTH(192);
+      else if constexpr (WIDEST > 192) WIDTH(256);
 #undef WIDTH
     }
   };

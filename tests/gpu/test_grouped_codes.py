@@ -52,7 +52,7 @@ def random_codes(form: Form, block: int, rows: int, columns: int, dtype: torch.d
         return Codes([codes, scales], codes.float() * scales.float()[:, None])
     nibbles = torch.stack((raw & 15, raw >> 4 & 15), -1).reshape(rows, columns)
     if form.format is Format.E2M1:
-        magnitudes = torch.tensor(E2M1, device="cuda")[nibbles & 7]
+        magnitudes = torch.tensor(E2M1, device="cuda")[(nibbles & 7).long()]
         steps = (scales / size * 100).to(torch.float8_e4m3fn)
         of_rows = size / 300 * (0.5 + torch.rand(rows, device="cuda"))
         numbers = torch.where(nibbles > 7, -magnitudes, magnitudes).view(rows, blocks, 16) * steps.float()[..., None]
