@@ -11,6 +11,7 @@ import argparse
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -92,7 +93,7 @@ class FloatProduct:
     def time(self, tokens: int) -> float:
         x = torch.randn(tokens, self.weights.shape[2], device="cuda").to(self.weights.dtype)
         y = torch.empty(tokens, self.weights.shape[1], dtype=x.dtype, device="cuda")
-        return microseconds([lambda w=w: torch.mm(x, w.T, out=y) for w in self.weights], 0.05)
+        return microseconds([partial(torch.mm, x, weight.T, out=y) for weight in self.weights], 0.05)
 
 
 class Weights:
@@ -110,8 +111,7 @@ class Weights:
         prepared = prepare(tactic, self.first.dims(tokens))
         prepared([x, *self.first.inputs], [y])
         error = relative_error(y, self.first.product(x))
-        work = [lambda w=w: prepared([x, *w.inputs], [y]) for w in self.all]  # type: ignore[misc]
-        return microseconds(work, 0.05), error
+        return microseconds([partial(prepared, [x, *weight.inputs], [y]) for weight in self.all], 0.05), error
 
 
 def find_tactics(layer: Layer, form: Format, dtype: str) -> tuple[Tactic, ...]:

@@ -298,11 +298,11 @@ def _int4_of_quad(quads, place: tl.constexpr, dtype: tl.constexpr):
 def int4_quads(quads, dtype: tl.constexpr, fast: tl.constexpr):
     """Four int4 to an int16 → numbers: the first ones, the second ones, and so on."""
     if fast and dtype == tl.float16:
-        types: tl.constexpr = (tl.float16, tl.float16, tl.float16, tl.float16)
-        a, b, c, d = tl.inline_asm_elementwise(INT4_QUADS_TO_FLOAT16, _FOUR, [quads], types, is_pure=True, pack=2)
+        halves: tl.constexpr = (tl.float16, tl.float16, tl.float16, tl.float16)
+        a, b, c, d = tl.inline_asm_elementwise(INT4_QUADS_TO_FLOAT16, _FOUR, [quads], halves, is_pure=True, pack=2)
     elif fast and dtype == tl.bfloat16:
-        types: tl.constexpr = (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16)
-        a, b, c, d = tl.inline_asm_elementwise(INT4_QUADS_TO_BFLOAT16, _FOUR, [quads], types, is_pure=True, pack=2)
+        bfloats: tl.constexpr = (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16)
+        a, b, c, d = tl.inline_asm_elementwise(INT4_QUADS_TO_BFLOAT16, _FOUR, [quads], bfloats, is_pure=True, pack=2)
     else:
         a, b = _int4_of_quad(quads, 0, dtype), _int4_of_quad(quads, 1, dtype)
         c, d = _int4_of_quad(quads, 2, dtype), _int4_of_quad(quads, 3, dtype)
@@ -313,11 +313,11 @@ def int4_quads(quads, dtype: tl.constexpr, fast: tl.constexpr):
 def e2m1_quads(quads, dtype: tl.constexpr, fast: tl.constexpr):
     """Four E2M1 to an int16 → numbers, as ``int4_quads``."""
     if fast and dtype == tl.float16:
-        types: tl.constexpr = (tl.float16, tl.float16, tl.float16, tl.float16)
-        a, b, c, d = tl.inline_asm_elementwise(E2M1_QUADS_TO_FLOAT16, _FOUR, [quads], types, is_pure=True, pack=2)
+        halves: tl.constexpr = (tl.float16, tl.float16, tl.float16, tl.float16)
+        a, b, c, d = tl.inline_asm_elementwise(E2M1_QUADS_TO_FLOAT16, _FOUR, [quads], halves, is_pure=True, pack=2)
     elif fast and dtype == tl.bfloat16:
-        types: tl.constexpr = (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16)
-        a, b, c, d = tl.inline_asm_elementwise(E2M1_QUADS_TO_BFLOAT16, _FOUR, [quads], types, is_pure=True, pack=2)
+        bfloats: tl.constexpr = (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16)
+        a, b, c, d = tl.inline_asm_elementwise(E2M1_QUADS_TO_BFLOAT16, _FOUR, [quads], bfloats, is_pure=True, pack=2)
     else:
         wide = quads.to(tl.int32)
         a, b = _e2m1_number(wide, dtype), _e2m1_number(wide >> 4, dtype)
