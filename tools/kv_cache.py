@@ -31,7 +31,8 @@ def with_cache(
     source: JsonObject[str, Any],
     measure: Callable[[], Calibration] | None = None,
 ) -> QuantizationRecipe | None:
-    """``recipe``, with the cache that the options ask for; as it is where they ask for none.
+    """``recipe``, with the cache that the options ask for; as it is where they ask for none. FP8 attention in prefill may be
+    asked for of the FP8 cache that ``recipe`` has.
 
     Scales are those of ``--scales``, else those that the checkpoint has, else measured. An FP8 cache whose scales nobody knows
     has scales of 1, as TensorRT-LLM's.
@@ -39,6 +40,9 @@ def with_cache(
     """
     form = CACHE_FORMATS.get(flags.kv_cache_dtype)
     context = flags.use_fp8_context_fmha == "enable"
+    told = recipe.cache if recipe is not None else None
+    if context and form is None and recipe is not None and told is not None and told.format is Format.E4M3:
+        return replace(recipe, cache=replace(told, fp8_context=True))
     if context and form is not Format.E4M3:
         raise UserError("--use_fp8_context_fmha enable: reads an FP8 cache; give --kv_cache_dtype fp8 too")
     if form is None:

@@ -20,6 +20,7 @@ from moecompiler.plugins.launch import (
     TRITON_TYPES,
     AnyKernel,
     Arena,
+    Argument,
     CudaKernel,
     Dims,
     Input,
@@ -177,12 +178,23 @@ class AttentionTactic:
             if isinstance(self.decode, ClusterDecode):
                 return (self._cluster_launch(self.decode, batch, slots, scale),)
             return self._tiled_launches(self.decode, batch, slots, scale)
-        append = (_KEY, _VALUE, _COS, _SIN, _POSITIONS, _KEYS, _VALUES, length, slots, *self._scales)
+        append: tuple[Argument, ...] = (
+            _KEY,
+            _VALUE,
+            _COS,
+            _SIN,
+            _POSITIONS,
+            _KEYS,
+            _VALUES,
+            length,
+            slots,
+            *self._scales,
+        )
         first = Launch(_APPEND, (-(-length // _APPENDED_TOKENS), self.kv_heads, batch), append)
         if not self._widens:
             return first, self._attend_launch(batch, length, slots, scale, (_KEYS, _VALUES))
         keys, values, _ = self._wide_cache(dims)
-        args = (_KEYS, _VALUES, _POSITIONS, keys, values, length, slots, *self._scales)
+        args: tuple[Argument, ...] = (_KEYS, _VALUES, _POSITIONS, keys, values, length, slots, *self._scales)
         grid = (-(-slots // _WIDENED_SLOTS), self.kv_heads, batch)
         widen = Launch(len(self.kernels) - 1, grid, args, self._overlapped)
         return first, widen, self._attend_launch(batch, length, slots, scale, (keys, values))
@@ -198,7 +210,7 @@ class AttentionTactic:
         new = (_QUERY, _KEY, _VALUE, _COS, _SIN, _POSITIONS)
         dtype, columns = "int8" if self.codes else self.dtype, row_columns(self.codes)
         maps = self._cache_maps(batch, slots, (_KEYS, _VALUES), dtype, (1, tile, columns))
-        args = (*new, *maps, _KEYS, _VALUES, _OUTPUT, slots, scale, *self._scales)
+        args: tuple[Argument, ...] = (*new, *maps, _KEYS, _VALUES, _OUTPUT, slots, scale, *self._scales)
         return Launch(_DECODE, (parts, self.kv_heads, batch), args, cluster=parts)
 
     def _tiled_launches(self, decode: DecodeTiles, batch: int, slots: int, scale: float) -> tuple[Launch, ...]:
@@ -206,7 +218,7 @@ class AttentionTactic:
         rows = batch * self.heads * parts
         mixed, sums = arena.take(4 * rows * self.head_dim), arena.take(8 * rows)
         inputs = (_QUERY, _KEY, _VALUE, _COS, _SIN, _POSITIONS, _KEYS, _VALUES)
-        args = (*inputs, _OUTPUT, mixed, sums, slots, scale, parts, *self._scales)
+        args: tuple[Argument, ...] = (*inputs, _OUTPUT, mixed, sums, slots, scale, parts, *self._scales)
         attend = Launch(_DECODE, (parts, self.kv_heads, batch), args)
         if parts == 1:
             return (attend,)
@@ -218,7 +230,19 @@ class AttentionTactic:
         tiles = -(-length // self.prefill.tokens)
         if isinstance(self.prefill, PrefillTiles):
             rows = batch * self.kv_heads * slots
-            tiled = (_QUERY, _COS, _SIN, _POSITIONS, _KEYS, _VALUES, _OUTPUT, length, slots, scale, rows)
+            tiled: tuple[Argument, ...] = (
+                _QUERY,
+                _COS,
+                _SIN,
+                _POSITIONS,
+                _KEYS,
+                _VALUES,
+                _OUTPUT,
+                length,
+                slots,
+                scale,
+                rows,
+            )
             tiled = (*tiled, *self._scales)
             return Launch(_PREFILL, (self.heads, tiles, batch), tiled, self._overlapped)
         keys, values = self._cache_maps(batch, slots, cache, self.dtype, (1, self.prefill.slots, 64))
@@ -244,7 +268,7 @@ class AttentionTactic:
         return sizes | {"WINDOW": self.window}
 
     @property
-    def _scales(self) -> tuple[Input, ...]:
+    def _scales(self) -> tuple[Argument, ...]:
         return (_KEY_SCALES, _VALUE_SCALES) if self.codes else ()
 
     @property
@@ -254,7 +278,7 @@ class AttentionTactic:
     @property
     def _held(self) -> dict[str, Any]:
         """How kernels read the cache: with the GPU's own FP8 where it knows the type."""
-        scales = {} if self.codes else {"key_scales": None, "value_scales": None}
+        scales: dict[str, Any] = {} if self.codes else {"key_scales": None, "value_scales": None}
         return {"CODES": self.codes, "FAST": self.sm >= 80, "NATIVE": self.codes == 2 and self.sm >= 89} | scales
 
     @property
@@ -293,8 +317,8 @@ def tactics(op: str, attributes: Mapping[str, Any], dims: Dims, dtype: str, sm: 
     heads, kv_heads = attributes["num_heads"], attributes["num_kv_heads"]
     scale, window = attributes["scale"], attributes["window"]
     sizes = (heads, kv_heads, head_dim, scale, window, dtype, sm)
-    held = {"codes": codes, "context": op == "AttentionFp8Context"}
-    tiled = AttentionTactic("tiled", *sizes, DecodeTiles(), PrefillTiles(), multiprocessors(sm), **held)
+    held = (codes, op == "AttentionFp8Context")
+    tiled = AttentionTactic("tiled", *sizes, DecodeTiles(), PrefillTiles(), multiprocessors(sm), *held)
     if sm != 90 or head_dim > 128:
         return (tiled,)
     decode = ClusterDecode() if heads // kv_heads <= LARGEST_GROUP else tiled.decode
