@@ -6,7 +6,7 @@ Every tactic computes any number of tokens; they differ in tiles and in where th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -174,14 +174,19 @@ def tactics(op: str, attributes: Mapping[str, Any], dims: Dims, dtype: str, sm: 
         return ()
     columns = 256 if node.halves else 128
     parts = _parts(node, 32)
-    narrow = (FewTile(8, columns=columns, parts=parts), FewTile(16, columns=columns, parts=parts))
-    wide = (FewTile(16, rows=64, columns=128, warps=4, parts=_parts(node, 64)),)
+    eight, sixteen = (FewTile(tokens, columns=columns, parts=parts) for tokens in (8, 16))
+    shallow = replace(eight, stages=3)  # more programs at a time, each with less on its way
+    thin = replace(eight, rows=16, warps=1, parts=_parts(node, 16))
     more = (FewTile(32, rows=64, columns=128, warps=4), FewTile(64, rows=64, columns=128, warps=4))
     grouped = _grouped(node)
     many: tuple[Way, ...] = grouped or (ManyTile(1024, 64), ManyTile(0, 128, 64, 64, 3, 8))
-    found = {"narrow": (*narrow, *more, *many), "wide": (*wide, *more, *many), "early": (*narrow, *many)}
+    found: dict[str, tuple[Way, ...]] = {
+        "narrow": (eight, sixteen, *more, *many),
+        "shallow": (shallow, sixteen, *many),
+        "thin": (thin, sixteen, *many),
+    }
     if grouped:
-        found["earliest"] = (*narrow[:1], *many)
+        found["early"] = (eight, *many)
     return tuple(QuantizedMoETactic(name, node, ways) for name, ways in found.items())
 
 
