@@ -32,9 +32,11 @@ from moecompiler.graph import Program
 from moecompiler.mapping import Mapping as RankMapping
 from moecompiler.passes.pipelines import PLUGINS, named_pipelines
 from moecompiler.pipeline import run_passes
+from moecompiler.quantization.cache import CacheQuantization
 from moecompiler.quantization.recipe import QuantizationRecipe, default_recipe
-from moecompiler.quantization.schemes import FP8, INT8, int4
+from moecompiler.quantization.schemes import FP8, INT8, NVFP4, Format, int4
 from moecompiler.runtime.prompts import load_tokenizer
+from moecompiler.smoothed_checkpoint import FILE, SmoothedCheckpoint
 from moecompiler.tools.calibration import samples_of
 from moecompiler.tools.flags import CalibrationFlags
 from moecompiler.validation.difference import log_softmax
@@ -48,12 +50,29 @@ FORMATS: dict[str, QuantizationRecipe | None] = {
     "int4, groups of 64": default_recipe(int4(64)),
     "int4_asymmetric, groups of 128": default_recipe(int4(128, symmetric=False)),
     "int4_asymmetric, groups of 64": default_recipe(int4(64, symmetric=False)),
+    "nvfp4": default_recipe(NVFP4),
+}
+AWQ: dict[str, QuantizationRecipe] = {
+    "int4_awq, groups of 128": default_recipe(int4(128)),
+    "int4_awq, groups of 64": default_recipe(int4(64)),
+    "int4_awq, asymmetric, groups of 64": default_recipe(int4(64, symmetric=False)),
 }
 
 
 def with_static_scales(config: ModelConfig, found: Calibration) -> dict[str, QuantizationRecipe]:
-    """The formats that need a calibration."""
-    return {"fp8": with_input_scales(default_recipe(FP8), config, found.input_scale)}
+    """The formats that need a calibration: FP8, and caches of codes."""
+    attentions = [f"model.layers.{layer}.self_attn" for layer in range(config.num_hidden_layers)]
+
+    def cached(form: Format, *, fp8_context: bool = False) -> QuantizationRecipe:
+        scales = tuple(found.cache_scales(name, form.largest) for name in attentions)
+        return QuantizationRecipe((), cache=CacheQuantization(form, scales, fp8_context))
+
+    return {
+        "fp8": with_input_scales(default_recipe(FP8), config, found.input_scale),
+        "KV cache int8": cached(Format.INT8),
+        "KV cache fp8": cached(Format.E4M3),
+        "KV cache fp8, fp8 prefill": cached(Format.E4M3, fp8_context=True),
+    }
 
 
 @dataclass(frozen=True)
@@ -157,7 +176,22 @@ def measure(model_dir: Path, path: Path, windows: int, length: int) -> list[Row]
     options = ExportOptions("float32", max_seq_len=length, all_logits=True)
     program = export_rank(config, RankMapping.create(), 0, options)
     formats = FORMATS | with_static_scales(config, calibration_of(config, source, length))
-    return rows_of(program, WeightCache(source), Text(tokens, expected), formats)
+    told = Text(tokens, expected)
+    rows = rows_of(program, WeightCache(source), told, formats)
+    for name, recipe in AWQ.items():
+        rows += rows_of(program, WeightCache(smoothed(config, source, length, recipe)), told, {name: recipe})
+    return rows
+
+
+def smoothed(config: ModelConfig, source: Source, length: int, recipe: QuantizationRecipe) -> Source:
+    """With the scales that AWQ's search finds on the package's own text."""
+    from moecompiler.calibration.awq import search
+    from moecompiler.calibration.streaming import Settings
+
+    samples = samples_of(config, source.identity(), CalibrationFlags(), length, [])
+    with tempfile.TemporaryDirectory() as folder:
+        found = search(config, source, samples, Settings("float32"), recipe, Path(folder), {})
+    return SmoothedCheckpoint(source, found, Path(FILE), "")
 
 
 def calibration_of(config: ModelConfig, source: Source, length: int) -> Calibration:
