@@ -1,4 +1,4 @@
-"""The engines that a GPU is asked to show: the shipped model in every type and mapping, and full-size models."""
+"""The engines that a GPU is asked to show: the shipped model in every type, mapping and format, and full-size models."""
 
 from __future__ import annotations
 
@@ -34,6 +34,27 @@ KINDS = (
 )
 # what tests go through one after another: all ways of one rank, and one way of each mapping
 TESTED = tuple(kind for kind in KINDS if kind.mapping == "one" or (kind.dtype, kind.plugins) == ("float16", "on"))
+
+SCALES = "--scales"
+# name → what quantizes the shipped model's weights or cache; SCALES alone: those of a calibration are to be given
+QUANTIZED: dict[str, tuple[str, ...]] = {
+    "int8": ("--use_weight_only", "--weight_only_precision", "int8"),
+    "int4": ("--use_weight_only", "--weight_only_precision", "int4", "--group_size", "64"),
+    "awq": ("--qformat", "int4_awq", "--calib_size", "16"),
+    "fp8": ("--qformat", "fp8", SCALES),
+    "fp8kv": ("--qformat", "fp8", "--kv_cache_dtype", "fp8", "--use_fp8_context_fmha", "enable", SCALES),
+    "int8kv": ("--kv_cache_dtype", "int8", SCALES),
+    "nvfp4": ("--qformat", "nvfp4"),
+}
+
+
+def compile_quantized(name: str, plugins: str, model_dir: Path, scales: Path, output_dir: Path) -> list[str]:
+    """Words of the command line that compile the shipped model, one rank in float16, as ``QUANTIZED`` says; ``scales``: what
+    ``calibrate`` wrote."""
+    words = compile_shipped(Kind("float16", plugins, "one"), model_dir, output_dir)
+    for word in QUANTIZED[name]:
+        words += [SCALES, str(scales)] if word == SCALES else [word]
+    return words
 
 
 def compile_shipped(kind: Kind, model_dir: Path, output_dir: Path) -> list[str]:

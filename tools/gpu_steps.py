@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moecompiler.tools.gpu_kinds import KINDS, TESTED, Kind, compile_full_size, compile_shipped
+from moecompiler.tools.gpu_kinds import (
+    KINDS,
+    QUANTIZED,
+    SCALES,
+    TESTED,
+    Kind,
+    compile_full_size,
+    compile_quantized,
+    compile_shipped,
+)
 from moecompiler.tools.gpu_schedule import Step
 
-CORRECTNESS, FIGURES = "correctness", "figures"
+CORRECTNESS, FIGURES, OF_CODES = "correctness", "figures", "quantized"
 FULL_SIZE = ("8x22b", "8x7b")  # the longer ones first
 DECODE_LAYERS, DECODE_SLOTS = 4, 256
 BUILD_LAYERS, PACKED_LAYERS = 32, 2
@@ -44,7 +53,7 @@ class Places:
 
 def all_steps(places: Places) -> list[Step]:
     """In the order in which they begin: what takes long first, what others wait for before them."""
-    return [*_correctness(places), *_figures(places)]
+    return [*_correctness(places), *_quantized(places), *_figures(places), *_quantized_figures(places)]
 
 
 def _correctness(places: Places) -> Iterator[Step]:
@@ -88,6 +97,65 @@ def _tests() -> Iterator[Step]:
     }
     for name, words in parts.items():
         yield Step(name, CORRECTNESS, (*_PYTEST, *words), 240)
+
+
+def _quantized(places: Places) -> Iterator[Step]:
+    """Kernels of codes, and the shipped model in every format, with plugins and without."""
+    scales = places.engines / "q-scales"
+    words = ("--model_dir", str(places.shipped), "--output_dir", str(scales), "--calib_size", "16")
+    yield Step("q-scales", OF_CODES, _ours("calibrate", *words), 120)
+    yield from _quantized_tests()
+    engines = [f"q-{name}-{plugins}" for name in QUANTIZED for plugins in ("on", "off")]
+    for engine in engines:
+        _, name, plugins = engine.split("-")
+        compiled = compile_quantized(name, plugins, places.shipped, scales, places.engines / engine)
+        needs = ("q-scales",) if SCALES in compiled else ()
+        yield Step(f"compile-{engine}", OF_CODES, _ours(*compiled), 240, needs)
+    for engine in engines:
+        yield _validate(places, engine, 120, group=OF_CODES)
+    for name in QUANTIZED:
+        pair = [f"q-{name}-{plugins}" for plugins in ("on", "off")]
+        read = [*(str(places.engines / each) for each in pair), "--model_dir", str(places.shipped)]
+        text = _tool("bench_quantized_engines", places, f"q-text-{name}", *read)
+        yield Step(f"q-text-{name}", OF_CODES, text, 180, tuple(f"compile-{each}" for each in pair))
+
+
+def _quantized_tests() -> Iterator[Step]:
+    """Each file's tests in processes of about the same length, by words in their names."""
+    parts = {
+        "quantized_kernels": ("Int8 or Fp8", "Nvfp4", "Asymmetric"),
+        "quantized_linear": ("Int8 or Fp8", "Nvfp4", "Asymmetric"),
+        "quantized_cache": ("int8", "fp8_context"),
+        "grouped_codes": ("int8 or nvfp4", "asymmetric"),
+        "grouped_fp8": ("test_linear", "bfloat16"),
+    }
+    for file, words in parts.items():
+        for index, which in enumerate(split(words)):
+            name = f"q-{file.removeprefix('quantized_').replace('_', '-')}-{index}"
+            yield Step(name, OF_CODES, (*_PYTEST, f"tests/gpu/test_{file}.py", "-k", which), 200)
+
+
+def split(words: Sequence[str]) -> list[str]:
+    """Expressions for pytest's ``-k``, of which exactly one is true of each test: the first of ``words`` that is, or none."""
+    before = [" or ".join(words[:index]) for index in range(len(words) + 1)]
+    firsts = [
+        f"({word}) and not ({earlier})" if earlier else word for word, earlier in zip(words, before, strict=False)
+    ]
+    return [*firsts, f"not ({before[-1]})"]
+
+
+def _quantized_figures(places: Places) -> Iterator[Step]:
+    def timed(name: str, seconds: int, command: tuple[str, ...]) -> Step:
+        return Step(name, OF_CODES, command, seconds, alone=True)
+
+    for name, tool, words in (
+        ("q-moe", "bench_quantized_moe", ("--tokens", "1", "2", "4", "8", "16", "64", "256", "1024", "4096")),
+        ("q-linear", "bench_quantized_linear", ("--tokens", "1", "4", "16", "64", "256", "1024", "4096")),
+    ):
+        command = (sys.executable, "-m", f"moecompiler.tools.{tool}", "--json", str(places.figures / f"{name}.json"))
+        yield timed(name, 240, (*command, *words))
+    caches = ("--caches", "floats", "int8", "fp8", "fp8_context")
+    yield timed("q-attention", 180, _tool("bench_attention", places, "q-attention", *caches))
 
 
 def _figures(places: Places) -> Iterator[Step]:
@@ -137,11 +205,11 @@ def _compile_full_size(
     return Step(f"compile-{name}", group, _ours(*words), 240, alone=group == FIGURES)
 
 
-def _validate(places: Places, name: str, seconds: int, removes: bool = False) -> Step:
+def _validate(places: Places, name: str, seconds: int, removes: bool = False, group: str = CORRECTNESS) -> Step:
     engine, report = places.engines / name, places.figures / f"validate-{name}.json"
     words = _ours("validate", str(engine), "--tokens", "512", "--output_json", str(report))
     gone = (engine,) if removes else ()
-    return Step(f"validate-{name}", CORRECTNESS, words, seconds, (f"compile-{name}",), removes=gone)
+    return Step(f"validate-{name}", group, words, seconds, (f"compile-{name}",), removes=gone)
 
 
 def _ours(*words: str) -> tuple[str, ...]:

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from _pytest.mark.expression import Expression
 
 from moecompiler.tools.gpu_check import ROOT, figures, line, main, pack_logs, run, select, summary
-from moecompiler.tools.gpu_kinds import KINDS
+from moecompiler.tools.gpu_kinds import KINDS, QUANTIZED
 from moecompiler.tools.gpu_schedule import OK, SKIPPED, TIMED_OUT, Outcome, Step, check
-from moecompiler.tools.gpu_steps import Places, all_steps
+from moecompiler.tools.gpu_steps import Places, all_steps, split
 from moecompiler.tools.gpu_versions import versions
+from moecompiler.tools.main import main as command
 
 STEPS = all_steps(Places(ROOT, Path("/work-dir")))
 NAMES = [step.name for step in STEPS]
@@ -34,6 +36,39 @@ def test_every_kind_is_built_validated_and_read() -> None:
     for kind in KINDS:
         assert {f"compile-{kind.name}", f"validate-{kind.name}", f"text-{kind.name}"} <= set(NAMES)
     assert {kind.mapping for kind in KINDS if kind.dtype == "bfloat16"} == {"one", "tp2", "ep2", "pp2"}
+
+
+def test_every_format_is_built_with_plugins_and_without() -> None:
+    """And both are compared, once both are there; those with static scales use the same ones."""
+    found = {step.name: step for step in STEPS}
+    for name in QUANTIZED:
+        pair = tuple(f"compile-q-{name}-{plugins}" for plugins in ("on", "off"))
+        on, off = (found[each].command for each in pair)
+        assert [(a, b) for a, b in zip(on, off, strict=True) if a != b] == [
+            (f"/work-dir/engines/q-{name}-on", f"/work-dir/engines/q-{name}-off"),
+            ("on", "off"),
+        ]
+        assert ("--scales" in on) == (found[pair[0]].needs == ("q-scales",)) == ("fp8" in name or "kv" in name)
+        assert found[f"q-text-{name}"].needs == pair
+        assert f"validate-q-{name}-on" in found
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_compiles_of_formats_are_ones_that_the_command_line_takes(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They end at what is not there, not at an option."""
+    (words,) = (step.command[3:] for step in STEPS if step.name == f"compile-q-{name}-on")
+    assert command([*words, "--only_pass", "no-such-pass"]) == 2
+    missing = "/q-scales: not found" if "--scales" in words else "no-such-pass"
+    assert missing in capsys.readouterr().err
+
+
+def test_parts_of_a_test_file_are_all_of_it_and_each_test_once() -> None:
+    names = ["test_a[int8]", "test_a[fp8]", "test_b[int8-fp8]", "test_c[]"]
+    expressions = [Expression.compile(each) for each in split(("int8", "fp8 or fp4"))]
+    chosen = [[each.evaluate(lambda word, name=name, **_: word in name) for each in expressions] for name in names]
+    assert chosen == [[True, False, False], [False, True, False], [True, False, False], [False, False, True]]
 
 
 @pytest.mark.parametrize("step", STEPS, ids=NAMES)
