@@ -16,8 +16,8 @@ from moecompiler.quantization.recipe import QuantizationRecipe, Rule
 from moecompiler.quantization.schemes import Format, WeightScheme
 from moecompiler.weights import Part, Quantized, Recipe
 
-# what may be quantized: attention's projections and the experts
-_LINEAR = re.compile(r".*\.self_attn\.[qkvo]_proj|.*\.block_sparse_moe\.experts\..*")
+# what may be quantized: attention's projections, the experts, and the head
+_LINEAR = re.compile(r".*\.self_attn\.[qkvo]_proj|.*\.block_sparse_moe\.experts\..*|lm_head")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from moecompiler.quantization.recipe import (
     load_recipe,
     parse_scheme,
 )
-from moecompiler.quantization.schemes import WeightScheme
+from moecompiler.quantization.schemes import Format, WeightScheme
 from moecompiler.quantized import Mixed, scheme_for
 from moecompiler.sharding import recipe_for
 from moecompiler.tools.flags import QuantizationFlags
@@ -103,7 +103,8 @@ def checked_recipe(
         _check_awq(source, held, searches=measure is not None)
     where = f"--quantization {flags.quantization}" if flags.quantization is not None else _option(flags)
     stacks = linear_stacks(config)
-    check_recipe(recipe, stacks, where)
+    check_recipe(recipe, (*stacks, *_head(config)), where)
+    _check_head(recipe, config, where)
     if held is not None:
         recipe = held.overridden(recipe)
         for name in (name for stack in stacks for name in stack):
@@ -115,6 +116,20 @@ def checked_recipe(
                 )
     _check_shares(recipe, config, mapping, where)
     return with_scales(recipe, flags, config, source, where, measure)
+
+
+def _head(config: ModelConfig) -> tuple[tuple[str, ...], ...]:
+    """The head as a stack of its own, which a rule may name; nothing where its weight is the embedding's."""
+    return () if config.tie_word_embeddings else (("lm_head",),)
+
+
+def _check_head(recipe: QuantizationRecipe, config: ModelConfig, where: str) -> None:
+    scheme = recipe.scheme_of("lm_head") if _head(config) else None
+    if scheme is not None and scheme.format is Format.E4M3:
+        raise UserError(
+            f"{where}: lm_head is to be {scheme}, but what the head gets is not calibrated; put a rule for lm_head first, with"
+            " scheme none, int8, int4 or nvfp4"
+        )
 
 
 def with_scales(
@@ -186,21 +201,20 @@ def _check_shares(
 ) -> None:
     """``held``: all of the recipe is as the checkpoint has it, which options can at most leave out."""
     check_parallel(recipe, config, mapping, where)
-    for layer in range(config.num_hidden_layers):
-        for weight in _WEIGHTS:
-            name = f"model.layers.{layer}.{weight}"
-            share = recipe_for(name, config, mapping, 0, config.dtype)  # all ranks hold as much
-            scheme = scheme_for(share, recipe)
-            if scheme is None or isinstance(scheme, Mixed):
-                continue
-            if form_of(scheme) is None:
-                said = f"is {scheme}" if held else f"is to be {scheme}"
-                advice = "give a recipe with scheme none" if held else "choose int8, int4 or int4_asymmetric"
-                raise UserError(f"{where}: {name} {said}, which engines cannot hold; {advice}")
-            ranks = f" on each of {mapping.world_size} ranks" if mapping.world_size > 1 else ""
-            if held and share.shape[-1] % (scheme.block_size or 1):
-                raise UserError(
-                    f"{where}: {name}{ranks}: groups of {scheme.block_size} do not divide its {share.shape[-1]} input features;"
-                    " use fewer tensor-parallel ranks"
-                )
-            scheme.scale_shape(share.shape, f"{where}: {name}{ranks}")
+    layers = [f"model.layers.{layer}.{weight}" for layer in range(config.num_hidden_layers) for weight in _WEIGHTS]
+    for name in (*layers, *(f"{name}.weight" for stack in _head(config) for name in stack)):
+        share = recipe_for(name, config, mapping, 0, config.dtype)  # all ranks hold as much
+        scheme = scheme_for(share, recipe)
+        if scheme is None or isinstance(scheme, Mixed):
+            continue
+        if form_of(scheme) is None:
+            said = f"is {scheme}" if held else f"is to be {scheme}"
+            advice = "give a recipe with scheme none" if held else "choose int8, int4 or int4_asymmetric"
+            raise UserError(f"{where}: {name} {said}, which engines cannot hold; {advice}")
+        ranks = f" on each of {mapping.world_size} ranks" if mapping.world_size > 1 else ""
+        if held and share.shape[-1] % (scheme.block_size or 1):
+            raise UserError(
+                f"{where}: {name}{ranks}: groups of {scheme.block_size} do not divide its {share.shape[-1]} input features;"
+                " use fewer tensor-parallel ranks"
+            )
+        scheme.scale_shape(share.shape, f"{where}: {name}{ranks}")

@@ -129,9 +129,12 @@ def why(recipe: QuantizationRecipe, text: str = GRAPH, weights: dict[str, Recipe
 def test_only_what_the_recipe_names() -> None:
     assert why(QuantizationRecipe((Rule("*.k_proj", INT8),))) == ["1 made"]
     assert why(QuantizationRecipe(())) == ["0 made"]
-    # whatever a recipe says, norms, embeddings, router and head are no linear layers of attention or experts
-    gate = {"q": whole("m.block_sparse_moe.gate.weight", 32, 16), "k": whole("lm_head.weight", 32, 16)}
-    assert why(QuantizationRecipe((Rule("*", INT8),)), weights=gate) == ["0 made"]
+    # whatever a recipe says, norms, embeddings and router are kept; the head is, unless a rule names it
+    other = {"q": whole("m.block_sparse_moe.gate.weight", 32, 16), "k": whole("model.embed_tokens.weight", 32, 16)}
+    assert why(QuantizationRecipe((Rule("*", INT8),)), weights=other) == ["0 made"]
+    head = {"q": whole("m.block_sparse_moe.gate.weight", 32, 16), "k": whole("lm_head.weight", 32, 16)}
+    assert why(BOTH, weights=head) == ["0 made"]
+    assert why(QuantizationRecipe((Rule("lm_head", INT8),)), weights=head) == ["1 made"]
 
 
 @pytest.mark.parametrize(

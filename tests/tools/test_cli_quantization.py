@@ -20,6 +20,8 @@ RECIPE = """rules:
   scheme: none
 - match: "*.self_attn.*"
   scheme: int8
+- match: lm_head
+  scheme: int8
 """
 
 
@@ -81,7 +83,7 @@ def test_a_recipe(here: Here, tmp_path: Path) -> None:
     command = ("compile", *SMALL, "--quantization", recipe, "--output_dir", engines)
     done(here, *command)
     (rank,) = described(here, engines)["ranks"]
-    assert rank["quantized"]["schemes"] == {"int8 per channel": 3, "uint4 per block 64": 2}
+    assert rank["quantized"]["schemes"] == {"int8 per channel": 4, "uint4 per block 64": 2}
     files = [path for path in engines.rglob("*") if path.is_file() and path.name != "manifest.json"]
     written = {path: path.stat().st_mtime_ns for path in files}
     done(here, *command)
@@ -123,6 +125,7 @@ def test_a_weight_that_no_pass_finds(here: Here, tmp_path: Path) -> None:
         ((*INT4[:-1], 20), None, "group_size is 20; it must be a multiple of 8"),
         ((), "- {match: '*.norm', scheme: int8}", "'*.norm' matches none of the weights that can be quantized"),
         ((), "- {match: '*.experts.0.*', scheme: int8}", "mixed formats across experts"),
+        ((), "- {match: '*', scheme: fp8}", "what the head gets is not calibrated"),
         (("--use_weight_only", "--qformat", "fp8"), None, "--use_weight_only and --qformat fp8 exclude each other"),
         (("--scales", "scales.json"), None, "--scales scales.json: goes with --qformat fp8"),
     ],
