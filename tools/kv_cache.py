@@ -33,8 +33,8 @@ def with_cache(
     measure: Callable[[], Calibration] | None = None,
 ) -> QuantizationRecipe | None:
     """``recipe``, with the cache that the options ask for; as it is where they ask for none. With ``--qformat nvfp4`` it is FP8,
-    as NVIDIA publishes such models, if they say nothing else. FP8 attention in prefill may be
-    asked for of the FP8 cache that ``recipe`` has.
+    as NVIDIA publishes such models, if they say nothing else. FP8 attention in prefill may be asked for of the FP8 cache that
+    ``recipe`` has.
 
     Scales are those of ``--scales``, else those that the checkpoint has, else measured. An FP8 cache whose scales nobody knows
     has scales of 1, as TensorRT-LLM's.
