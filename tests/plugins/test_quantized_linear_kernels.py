@@ -12,7 +12,9 @@ import pytest
 import torch
 from interpreted import interpret, interpreter
 
-from moecompiler.plugins.quantized.linear_launch import LinearTactic, One, Tile, tactics
+from moecompiler.plugins.compile import compile_kernel
+from moecompiler.plugins.launch import shared_memory
+from moecompiler.plugins.quantized.linear_launch import LinearTactic, One, Tile, tactics, triton_tactics, weight_of
 from moecompiler.tools.random_codes import Format, RandomWeight
 
 FORMATS = (
@@ -92,6 +94,28 @@ def test_divided_among_programs() -> None:
             assert tactic.workspace(dims) <= most
             assert tactic.workspace(dims) % 256 == 0
     assert tactic.launches(weight.dims(1, 0)) == ()
+
+
+@pytest.mark.parametrize(
+    ("sm", "form", "dtype"),
+    [
+        (80, Format("LinearFp8"), "float16"),
+        (89, Format("LinearFp8"), "bfloat16"),
+        (90, Format("LinearInt4Asymmetric", 64), "bfloat16"),
+        (100, Format("LinearInt8"), "float16"),
+        (120, Format("LinearNvfp4", 16), "float16"),
+    ],
+)
+def test_kernels_compile(sm: int, form: Format, dtype: str) -> None:
+    """Without a GPU, and fit into it: for one token, the fewest tokens and the most."""
+    weight = RandomWeight(form, 256, 512, torch.float16)
+    found = weight_of(form.op, form.attributes, weight.dims(-1, -1))
+    assert found is not None
+    rows, tiles, _ = triton_tactics(found, dtype, sm)
+    for kernel in (*rows.kernels[:2], tiles.kernels[-1]):
+        cubin = compile_kernel(kernel, sm)
+        assert cubin.image[:4] == b"\x7fELF"
+        assert cubin.shared <= shared_memory(sm)
 
 
 @pytest.mark.parametrize(
