@@ -13,7 +13,9 @@ from interpreted import interpret, interpreter
 from opmodels import run_op
 
 from moecompiler.plugins.attention.cache_op import cache_spec
-from moecompiler.plugins.launch import AnyKernel, Dims, Input, Launch, Output
+from moecompiler.plugins.compile import compile_kernel
+from moecompiler.plugins.hopper.compile import compile_image
+from moecompiler.plugins.launch import AnyKernel, CudaKernel, Dims, Input, Launch, Output
 from moecompiler.plugins.tactics import tactics
 from moecompiler.quantization.cache import decode_cache, encode_cache
 from moecompiler.quantization.schemes import Format
@@ -133,3 +135,35 @@ def test_cache_as_numbers(interpreting: ProcessPoolExecutor, op: str, form: Form
         for row, last in enumerate((7, 64)):
             torch.testing.assert_close(got[row, :, : last + 1], want[row, :, : last + 1], rtol=0, atol=0)
         assert got[0, :, 64:].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype", "sm"),
+    [
+        ("AttentionFp8Cache", "float16", 90),
+        ("AttentionInt8Cache", "bfloat16", 90),
+        ("AttentionFp8Context", "float16", 89),
+    ],
+)
+def test_kernels_compile(op: str, dtype: str, sm: int) -> None:
+    """For GPUs that are not here, without spilling registers where an assembler says."""
+    dims = (
+        (2, 1, 1024),
+        (2, 1, 256),
+        (2, 1, 256),
+        (2, 1, 1, 128),
+        (2, 1, 1, 128),
+        (2, 1),
+        *[(2, 2, 512, 128)] * 2,
+        (1,),
+        (1,),
+    )
+    attributes = {"num_heads": 8, "num_kv_heads": 2, "scale": 0.1, "window": 0}
+    tactic = tactics(op, attributes, dims, dtype, sm)[0]
+    assert tactic.name == ("warpgroups" if sm == 90 else "tiled")
+    for kernel in tactic.kernels:
+        if isinstance(kernel, CudaKernel):
+            log = compile_image(kernel, sm)[1]
+            assert "spill" not in log or " 0 bytes spill stores" in log
+        else:
+            assert compile_kernel(kernel, sm).image
