@@ -28,10 +28,9 @@ from moecompiler.errors import UserError
 from moecompiler.quantization.recipe import QuantizationRecipe
 from moecompiler.runtime.session import closing
 from moecompiler.runtime.threads import run_in_threads
-from moecompiler.tools.bench_quantized import read_text
 from moecompiler.tools.job import Job
 from moecompiler.tools.run import load_rank
-from moecompiler.tools.text import default_text
+from moecompiler.tools.text import encode_text
 from moecompiler.validation.difference import log_softmax
 from moecompiler.validation.engine_run import engine_logits
 from moecompiler.validation.quality import compare, hf_logits, load_hf
@@ -62,8 +61,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Pair:
-    """Engines that differ in plugins only: the mean divergence of the one with from the one without, in nats a token, and the share
-    of the same most likely tokens."""
+    """Engines that differ in plugins only: the mean divergence of the one with from the one without, in nats a token, and the
+    share of the same most likely tokens."""
 
     name: str
     kl: float
@@ -99,6 +98,14 @@ def open_engines(directories: Sequence[Path], vocab_size: int) -> dict[str, Arti
             raise UserError(f"{directory}: another engine is called {name} too; rename one")
         result[name] = artifact
     return result
+
+
+def cut(token_ids: Sequence[int], windows: int, length: int) -> np.ndarray:
+    """The text's first tokens, int64 ``[windows, length]``, of fewer windows if it ends before. Raises: UserError where it has not
+    one."""
+    if not (count := min(windows, len(token_ids) // length)):
+        raise UserError(f"the text has {len(token_ids)} tokens, fewer than one window of --length {length}")
+    return np.array(token_ids[: count * length], np.int64).reshape(count, length)
 
 
 def scenario_of(tokens: np.ndarray, limits: Sequence[EngineLimits]) -> Scenario:
@@ -185,8 +192,7 @@ def measure(
     config = load_config(model_dir)
     source = open_checkpoint(model_dir, config)
     artifacts = open_engines(directories, config.vocab_size)
-    path = text or default_text(Job.of(next(iter(artifacts.values()))))
-    tokens = read_text(model_dir, path, config.vocab_size, windows, length)
+    tokens = cut(encode_text(next(iter(artifacts.values())), text, model_dir, []), windows, length)
     scenario = scenario_of(tokens, [EngineLimits(**each.header["limits"]) for each in artifacts.values()])
     logits = {name: logits_of(artifact, scenario) for name, artifact in artifacts.items()}
     exact = hf_logits(load_hf(config, source.identity(), source), scenario)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +82,13 @@ def moe(found: Figures) -> str:
     return table(titles, rows)
 
 
-def attention(found: Figures) -> str:
+def attention(found: Figures, name: str = "attention") -> str:
     rows = [
         (
             *(row["case"], row["dtype"], row["tactic"], f"{row['microseconds']:.1f}", f"{row['floor']:.1f}"),
             *(f"{100 * row['share']:.1f}%", f"{row['tflops']:.0f}", f"{row['error']:.0e}"),
         )
-        for row in found["attention"]["rows"]
+        for row in found[name]["rows"]
     ]
     return table(("sequences × new tokens, past", "dtype", "how", "µs", "floor, µs", "share", "TFLOP/s", "error"), rows)
 
@@ -164,6 +165,57 @@ def refusals(found: Figures) -> str:
     return table(("engine", "status", "what is said"), rows)
 
 
+def quantized_texts(found: Figures) -> str:
+    """With plugins and without, and how far these are from each other."""
+    rows = []
+    for _, report in _named(found, "q-text-"):
+        between = {f"{pair['name']}-on": pair for pair in report["pairs"]}
+        for row in report["rows"]:
+            pair = between.get(row["engine"])
+            apart = f"{pair['kl']:.1e}{'' if pair['passed'] else ' **too far**'}" if pair else ""
+            rows.append(
+                (
+                    *(row["engine"], row["format"], "" if row["plugins"] is None else row["plugins"]),
+                    *(f"{row['perplexity']:.4f}", f"{100 * row['increase']:+.2f}%", f"{row['kl']:.1e}"),
+                    *(f"{100 * row['top1']:.1f}%", apart),
+                )
+            )
+    titles = ("engine", "format", "plugin nodes", "perplexity", "more than HF's", "KL from HF", "top-1", "KL on, off")
+    return table(titles, rows)
+
+
+def quantized_moe(found: Figures) -> str:
+    rows = [
+        (
+            *(row["layer"], f"{row['format']}{' ' + str(row['block']) if row['block'] else ''}", row["dtype"]),
+            *(row["tactic"], row["tokens"], f"{row['hit']:.1f}", f"{row['microseconds']:.1f}", f"{row['floor']:.1f}"),
+            *(f"{100 * row['share']:.1f}%", *_beside(row["unquantized"], row["speedup"]), f"{row['error']:.0e}"),
+        )
+        for _, report in _named(found, "q-moe")
+        for row in report["rows"]
+    ]
+    titles = ("layer", "format", "dtype", "how", "tokens", "experts hit", "µs", "floor, µs", "share", "floats, µs")
+    return table((*titles, "times as fast", "error"), rows)
+
+
+def quantized_linear(found: Figures) -> str:
+    rows = [
+        (
+            *(row["layer"], row["format"], row["dtype"], row["tactic"], row["tokens"], f"{row['microseconds']:.1f}"),
+            *(f"{row['floor']:.1f} ({row['bound']})", f"{100 * row['share']:.1f}%"),
+            *(*_beside(row["float16"], row["times"]), f"{row['error']:.0e}"),
+        )
+        for row in found["q-linear"]["rows"]
+    ]
+    titles = ("layer", "format", "dtype", "how", "tokens", "µs", "floor, µs", "share", "floats, µs", "times as fast")
+    return table((*titles, "error"), rows)
+
+
+def _beside(other: float, times: float) -> tuple[str, str]:
+    """What floats take and how many times as fast codes are; nothing where that was not measured."""
+    return (f"{other:.1f}", f"{times:.2f}") if other else ("", "")
+
+
 SECTIONS: tuple[tuple[str, str, Callable[[Figures], str]], ...] = (
     ("Engines against PyTorch (`validate`)", "validate-", validated),
     ("Greedy text (`tools/compare_text.py`)", "text-", texts),
@@ -175,6 +227,14 @@ SECTIONS: tuple[tuple[str, str, Callable[[Figures], str]], ...] = (
     ("A plugin's node in a CUDA graph (`tools/bench_engine_overhead.py`)", "overhead", overhead),
     ("Building one rank of 8x7B (`tools/bench_engine_build.py`)", "build", build),
     ("The shipped model, float16 (`moecompiler bench`)", "shipped-", shipped),
+    ("Quantized engines on text (`tools/bench_quantized_engines.py`)", "q-text-", quantized_texts),
+    ("Quantized MoE (`tools/bench_quantized_moe.py`)", "q-moe", quantized_moe),
+    ("Quantized Linear (`tools/bench_quantized_linear.py`)", "q-linear", quantized_linear),
+    (
+        "Attention over caches of codes (`tools/bench_attention.py`)",
+        "q-attention",
+        partial(attention, name="q-attention"),
+    ),
 )
 
 

@@ -15,6 +15,9 @@ from moecompiler.tools import (
     bench_engine_decode,
     bench_engine_overhead,
     bench_moe,
+    bench_quantized_engines,
+    bench_quantized_linear,
+    bench_quantized_moe,
     compare_text,
     gpu_refusals,
     gpu_soak,
@@ -66,6 +69,30 @@ def figures() -> dict[str, Any]:
         "overhead": rows(bench_engine_overhead.Row("on", "float16", 40, 100.0, 204.0, 2.6, 1e-3)),
         "build": rows(built),
         "shipped-on": {"figures": [asdict(STEP)]},
+        "q-text-fp8": {
+            "rows": [
+                asdict(
+                    bench_quantized_engines.Row(
+                        f"q-fp8-{plugins}", "fp8", "float16", "tensorrt", count, 600, 4.981, 4.929, 0.0106, 6e-3, 0.961
+                    )
+                )
+                for plugins, count in (("on", 17), ("off", 0))
+            ],
+            "pairs": [asdict(bench_quantized_engines.Pair("q-fp8", 2e-3, 0.99, False))],
+        },
+        "q-moe": rows(
+            bench_quantized_moe.Row(
+                *("8x7b", "int4", 128, "float16", 4, "few", 5.2, 170.4, 140.2, 0.823, 430.0, 2.52, 4e-4, 3e12)
+            )
+        ),
+        "q-linear": rows(
+            bench_quantized_linear.Row(
+                *("qkv", "Int8", "float16", 1, "few", 11.1, 8.5, "bytes", 0.766, 18.3, 1.65, 2e-4)
+            )
+        ),
+        "q-attention": rows(
+            bench_attention.Row("1 × 1 new, fp8", "float16", "few", 8.5, 6.3, 0.74, 2.0, 1e-3, 4e12, 7e14)
+        ),
     }
 
 
@@ -84,6 +111,11 @@ def test_every_section_shows_its_figures() -> None:
         "| on | float16 | 40 | 100.0 | 204.0 | 2.60 |",
         "| 32 | float16 | plan 91 | 222 | 3.22 GB | 0.0 of 96.6 GB | 9.0 GiB |",
         "| on | 1 | 128 | 65 | 12.30 | 845 | 850 | 1183 |",
+        "| q-fp8-on | fp8 | 17 | 4.9810 | +1.06% | 6.0e-03 | 96.1% | 2.0e-03 **too far** |",
+        "| q-fp8-off | fp8 | 0 | 4.9810 | +1.06% | 6.0e-03 | 96.1% |  |",
+        "| 8x7b | int4 128 | float16 | few | 4 | 5.2 | 170.4 | 140.2 | 82.3% | 430.0 | 2.52 | 4e-04 |",
+        "| qkv | Int8 | float16 | few | 1 | 11.1 | 8.5 (bytes) | 76.6% | 18.3 | 1.65 | 2e-04 |",
+        "| 1 × 1 new, fp8 | float16 | few | 8.5 | 6.3 | 74.0% | 2 | 1e-03 |",
     ):
         assert text in page
     lines = [line for line in page.splitlines() if line.startswith("|")]
