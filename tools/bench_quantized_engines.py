@@ -101,8 +101,7 @@ def open_engines(directories: Sequence[Path], vocab_size: int) -> dict[str, Arti
 
 
 def cut(token_ids: Sequence[int], windows: int, length: int) -> np.ndarray:
-    """The text's first tokens, int64 ``[windows, length]``, of fewer windows if it ends before. Raises: UserError where it has not
-    one."""
+    """The text's first tokens, int64 ``[windows, length]``; fewer if it ends before. Raises: UserError where it has none."""
     if not (count := min(windows, len(token_ids) // length)):
         raise UserError(f"the text has {len(token_ids)} tokens, fewer than one window of --length {length}")
     return np.array(token_ids[: count * length], np.int64).reshape(count, length)

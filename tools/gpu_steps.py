@@ -154,6 +154,8 @@ def _quantized_figures(places: Places) -> Iterator[Step]:
     ):
         command = (sys.executable, "-m", f"moecompiler.tools.{tool}", "--json", str(places.figures / f"{name}.json"))
         yield timed(name, 240, (*command, *words))
+    in_engines = ("--tokens", "1", "4", "16", "64", "256", "1024", "4096")
+    yield timed("q-moe-engine", 300, _tool("bench_engine_quantized_moe", places, "q-moe-engine", *in_engines))
     caches = ("--caches", "floats", "int8", "fp8", "fp8_context")
     yield timed("q-attention", 180, _tool("bench_attention", places, "q-attention", *caches))
 

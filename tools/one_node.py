@@ -18,6 +18,7 @@ from moecompiler.graph import Program
 from moecompiler.plugin_switches import parse_plugins
 from moecompiler.plugins.library import TensorRTPlugins
 from moecompiler.runtime.device import Buffer, Device, Stream, at_the_end
+from moecompiler.tools.one_node_program import take_codes_as_bytes
 
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 _LIMITS = EngineLimits(1, 1, 2, 1)  # profiles are given outright
@@ -35,6 +36,8 @@ def build(program: Program, profiles: Sequence[Shapes], plugins: str, dtype: str
     """``program``: all its initializers hold their data. ``plugins``: what ``--plugins`` would be given."""
     library, sm = TensorRTPlugins(), Device().info().sm
     prepared = prepare(program, BuildSettings(_LIMITS, parse_plugins(plugins)), dtype, sm, library)
+    if prepared.plugins:
+        take_codes_as_bytes(prepared.program.model)
     library.register()
     path = directory / "node.onnx"
     path.write_bytes(prepared.program.model.SerializeToString())

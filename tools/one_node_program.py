@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import onnx
-from onnx import helper
+from onnx import TensorProto, helper
 
+from moecompiler.backends.tensorrt_program import AS_BYTES
 from moecompiler.graph import DOMAIN, IR_VERSION, ONNX_DTYPES, OPSET, Program
 from moecompiler.ops import OpSpec, Value, add_function
 
@@ -27,9 +28,7 @@ def chain(spec: OpSpec, attributes: Mapping[str, Any], sizes: Mapping[str, int],
 
     def info(value: Value) -> onnx.ValueInfoProto:
         known = [int(dim) if dim.isdigit() else sizes.get(dim, dim) for dim in dims_of(value)]
-        return helper.make_tensor_value_info(
-            value.name, ONNX_DTYPES["int64" if value.type == "int64" else dtype], known
-        )
+        return helper.make_tensor_value_info(value.name, ONNX_DTYPES[dtype if value.type == "T" else value.type], known)
 
     inputs, outputs = ([value.name for value in values] for values in (spec.inputs, spec.outputs))
     nodes = []
@@ -43,6 +42,17 @@ def chain(spec: OpSpec, attributes: Mapping[str, Any], sizes: Mapping[str, int],
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
     add_function(model, spec)
     return Program(model)
+
+
+def take_codes_as_bytes(model: onnx.ModelProto) -> None:
+    """Inputs and outputs of types that plugins get as bytes become int8, two of int4 in one, as the backend holds weights."""
+    for value in (*model.graph.input, *model.graph.output):
+        kind = value.type.tensor_type
+        if kind.elem_type not in AS_BYTES:
+            continue
+        if kind.elem_type == TensorProto.INT4:
+            kind.shape.dim[-1].dim_value //= 2
+        kind.elem_type = TensorProto.INT8
 
 
 def profile(

@@ -21,7 +21,7 @@ from moecompiler.ops import VERSION, plugin_name
 from moecompiler.plugin_switches import Mode, PluginSwitches
 from moecompiler.weights import NUMPY_DTYPES, Recipe, Shape
 
-_AS_BYTES = (TensorProto.INT4, TensorProto.FLOAT8E4M3FN)  # TensorRT 10.6 has no INT4 inputs, of plugins or of engines
+AS_BYTES = (TensorProto.INT4, TensorProto.FLOAT8E4M3FN)  # TensorRT 10.6 has no INT4 inputs, of plugins or of engines
 LARGE = 1 << 30  # bytes of expert weights from which on they stay out of the plan, unless told otherwise
 
 
@@ -195,7 +195,7 @@ def codes_of_plugins(model: onnx.ModelProto, chosen: Mapping[str, str]) -> froze
 
     Raises: UserError where an operator reads them too, as numbers.
     """
-    codes = {tensor.name for tensor in model.graph.initializer if tensor.data_type in _AS_BYTES}
+    codes = {tensor.name for tensor in model.graph.initializer if tensor.data_type in AS_BYTES}
     by_plugins = {name for node in model.graph.node if node.name in chosen for name in node.input} & codes
     for node in model.graph.node:
         if node.name not in chosen and (shared := by_plugins.intersection(node.input)):

@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
+from moecompiler.backends.base import BuildSettings, EngineLimits
+from moecompiler.backends.tensorrt_program import prepare
 from moecompiler.config import PRESETS
 from moecompiler.graph import ONNX_DTYPES
+from moecompiler.plugin_switches import parse_plugins
+from moecompiler.plugins.library import TensorRTPlugins
 from moecompiler.plugins.tactics import tactics
 from moecompiler.tools import (
     bench_engine_attention,
@@ -18,11 +23,13 @@ from moecompiler.tools import (
     bench_engine_decode,
     bench_engine_moe,
     bench_engine_overhead,
+    bench_engine_quantized_moe,
 )
 from moecompiler.tools.bench_engine_build import first_layers
 from moecompiler.tools.bench_engine_decode import bytes_of_a_step, experts_hit
 from moecompiler.tools.bench_moe import LAYERS, Layer
-from moecompiler.tools.one_node_program import one_node, profile
+from moecompiler.tools.one_node_program import one_node, profile, take_codes_as_bytes
+from moecompiler.tools.quantized_layers import FORMATS, QuantizedLayer
 from moecompiler.weights import whole
 
 
@@ -31,6 +38,7 @@ from moecompiler.weights import whole
     ("benchmark", "more"),
     [
         (bench_engine_moe, []),
+        (bench_engine_quantized_moe, []),
         (bench_engine_attention, []),
         (bench_engine_overhead, []),
         (bench_engine_build, []),
@@ -60,6 +68,27 @@ def test_moe_is_a_plugin_of_the_layers_sizes(layer: Layer) -> None:
     assert {v.type.tensor_type.elem_type for v in program.model.graph.output} == {ONNX_DTYPES["bfloat16"]}
     assert tactics("MoE", bench_engine_moe.ATTRIBUTES, tuple(map(tuple, dims)), "bfloat16", 90)
     assert profile(spec, sizes, ({"tokens": 16},) * 3) == {"x": ((16, layer.hidden),) * 3}
+
+
+@pytest.mark.parametrize(
+    ("kind", "block"), [("int8", 0), ("int4", 64), ("int4_asymmetric", 64), ("fp8", 0), ("nvfp4", 16)]
+)
+def test_quantized_moe_is_a_plugin_that_gets_bytes(kind: str, block: int) -> None:
+    """The engine's inputs have the shapes and types of what is bound to them, and all but the tokens is known."""
+    layer = QuantizedLayer(FORMATS[kind], 256, 128, block, device="cpu")
+    spec, sizes = bench_engine_quantized_moe.spec_of(layer), bench_engine_quantized_moe.sizes_of(layer)
+    program = bench_engine_quantized_moe.program_of(layer)
+    onnx.checker.check_model(program.model)
+    settings = BuildSettings(EngineLimits(1, 1, 2, 1), parse_plugins("on"))
+    prepared = prepare(program, settings, "float16", 90, TensorRTPlugins())
+    assert list(prepared.plugins.values()) == [layer.op]
+    take_codes_as_bytes(prepared.program.model)
+    given = {value.name: value.type.tensor_type for value in prepared.program.model.graph.input}
+    tensors = layer.inputs(torch.zeros(3, 256, dtype=torch.float16))
+    for name, tensor in zip([value.name for value in spec.inputs], tensors, strict=True):
+        assert [dim.dim_value or 3 for dim in given[name].shape.dim] == list(tensor.shape), name
+        assert given[name].elem_type == ONNX_DTYPES[str(tensor.dtype).removeprefix("torch.")], name
+    assert profile(spec, sizes, ({"tokens": 16},) * 3) == {"x": ((16, 256),) * 3}
 
 
 def test_overheads_chain_is_what_its_reference_is() -> None:
