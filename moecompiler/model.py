@@ -11,6 +11,8 @@ E local experts, F intermediate; all but B, S, T and H are the rank's share.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -136,6 +138,10 @@ class Router(nn.Module):
         return torch.zeros_like(logits, dtype=torch.float32).scatter(1, experts, weights)
 
 
+def _unchanged(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
 class Experts(nn.Module):
     """``MixtralExperts``, all local experts on all tokens: ``x [tokens, H]``, ``share [tokens, experts]`` → ``[tokens, H]``.
 
@@ -148,8 +154,8 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(shape.experts, 2 * shape.intermediate, config.hidden_size))
         self.down_proj = nn.Parameter(torch.empty(shape.experts, config.hidden_size, shape.intermediate))
         self.expert_ids = nn.Buffer(torch.empty(shape.experts, dtype=torch.int64))
-        self.before_gate_up: nn.Module = nn.Identity()
-        self.before_down: nn.Module = nn.Identity()
+        self.before_gate_up: Callable[[torch.Tensor], torch.Tensor] = _unchanged
+        self.before_down: Callable[[torch.Tensor], torch.Tensor] = _unchanged
 
     def forward(self, x: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
         both = self.before_gate_up(x) @ self.gate_up_proj.transpose(1, 2)  # [E, tokens, 2F]

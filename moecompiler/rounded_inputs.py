@@ -33,7 +33,7 @@ def round_inputs(module: RankModule, plan: QuantizationRecipe | None, dtype: str
     """Has ``module`` round what meets weights that are FP8 by ``plan``, whose scales graphs hold in ``dtype``."""
     if plan is None:
         return
-    for name, part in module.named_modules():
+    for name, part in list(module.named_modules()):
         if isinstance(part, Experts):
             prefix = name.replace(".mlp.", ".block_sparse_moe.")
             experts = [f"{prefix}.{expert}" for expert in part.expert_ids.tolist()]
