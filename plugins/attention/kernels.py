@@ -167,10 +167,11 @@ def append(
 def widen(
     keys, values, position_ids, wide_keys, wide_values, length, slots, key_scales, value_scales,
     CODES: tl.constexpr, FAST: tl.constexpr, NATIVE: tl.constexpr, KV: tl.constexpr, D: tl.constexpr,
-    D_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
+    D_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr, STEP: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
-    """The numbers that a cache of codes stands for, up to the last slot that a sequence sees, ``[B * KV, SLOTS, D]``. Program
-    (i, h, b): ``T_BLOCK`` slots of a head."""
+    """The numbers that a cache of codes stands for, up to the last slot that a sequence sees and to the end of its ``STEP``,
+    which is read whole (no share of 0 makes a number of NaN), ``[B * KV, SLOTS, D]``. Program (i, h, b): ``T_BLOCK`` slots of
+    a head."""
     first = tl.program_id(0) * T_BLOCK
     head = tl.program_id(1)
     batch = tl.program_id(2)
@@ -182,7 +183,7 @@ def widen(
     if OVERLAPPED:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    if first <= tl.max(last, 0):
+    if first // STEP <= tl.max(last, 0) // STEP:
         dtype = wide_keys.dtype.element_ty
         key_scale, value_scale = cache_scale(key_scales, CODES), cache_scale(value_scales, CODES)
         slot = first + tl.arange(0, T_BLOCK)

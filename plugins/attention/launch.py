@@ -38,6 +38,7 @@ _MODULE = "moecompiler.plugins.attention.kernels"
 _APPENDED_TOKENS = 16  # per program
 _CODES = {"AttentionInt8Cache": 1, "AttentionFp8Cache": 2, "AttentionFp8Context": 2}  # see ``cache_codes``
 _WIDENED_SLOTS = 64  # per program
+_STEP_SLOTS = 128  # of prefill.cu, which reads whole steps
 _DECODE, _APPEND, _PREFILL, _MERGE = range(4)  # of a tactic's kernels; the last is `_WIDEN` if it has one
 _QUERY, _KEY, _VALUE, _COS, _SIN, _POSITIONS, _PAST_KEY = (Input(i) for i in range(7))
 _KEY_SCALES, _VALUE_SCALES = Input(8), Input(9)
@@ -137,6 +138,7 @@ class AttentionTactic:
 
     def _widen(self) -> Kernel:
         sizes = {"KV": self.kv_heads, "D": self.head_dim, "D_BLOCK": self._block, "T_BLOCK": _WIDENED_SLOTS}
+        sizes["STEP"] = _STEP_SLOTS
         types = "keys:C values:C position_ids:L wide_keys:T wide_values:T length:i32 slots:i32"
         return self._kernel("widen", f"{types}{self._scale_types}", sizes | self._held, 4)
 
