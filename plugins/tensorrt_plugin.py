@@ -19,12 +19,13 @@ import tensorrt as trt
 
 from moecompiler.errors import UserError
 from moecompiler.graph import COLLECTIVES, DOMAIN
-from moecompiler.ops import VERSION, Value, plugin_name
+from moecompiler.ops import VERSION, plugin_name
 from moecompiler.plugins.collective_plugin import CollectiveCreator
 from moecompiler.plugins.driver import Function, load, run
 from moecompiler.plugins.fields import CUBINS, PLAN, Baked, BakedTactic, fingerprint, pack, unpack
 from moecompiler.plugins.launch import AnyKernel, Cubin, Dims, Tactic, scratch_bytes
 from moecompiler.plugins.library import PluginOp
+from moecompiler.plugins.output_dims import output_dims
 from moecompiler.plugins.tactics import tactics
 from moecompiler.runtime.device import checked, driver
 from moecompiler.runtime.lifetime import never_freed
@@ -86,26 +87,30 @@ class FusedOp(*_BASES):  # type: ignore[misc]
     # build
 
     def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
-        return [input_types[_twin(self.op, output)] for output in self.op.spec.outputs]
+        """Those of the node's own type are of the type of its first such input."""
+        own = input_types[self._first]
+        return [_KEPT.get(output.type, own) for output in self.op.spec.outputs]
 
     def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any) -> list[Any]:
-        return [trt.DimsExprs(inputs[_twin(self.op, output)]) for output in self.op.spec.outputs]
+        """TensorRT knows a dim again only if it is the very expression."""
+        spec = self.op.spec
+        given = [[each[axis] for axis in range(len(each))] for each in inputs]
+        return [trt.DimsExprs(output_dims(spec, output, given)) for output in spec.outputs]
 
     def get_aliased_input(self, output_index: int) -> int:
         return self.op.aliases.get(output_index, -1)
 
     def supports_format_combination(self, position: int, in_out: Sequence[Any], num_inputs: int) -> bool:
         values = (*self.op.spec.inputs, *self.op.spec.outputs)
-        desc, first = in_out[position].desc, next(i for i, value in enumerate(values) if value.type == "T")
+        desc = in_out[position].desc
         if desc.format != trt.TensorFormat.LINEAR:
             return False
         if values[position].type in _KEPT:
             return desc.type == _KEPT[values[position].type]
-        return desc.type in _TYPES and desc.type == in_out[first].desc.type
+        return desc.type in _TYPES and desc.type == in_out[self._first].desc.type
 
     def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        first = next(i for i, value in enumerate(self.op.spec.inputs) if value.type == "T")
-        self._bake(self._dims(each.desc.dims for each in inputs), _TYPES[inputs[first].desc.type], _sm())
+        self._bake(self._dims(each.desc.dims for each in inputs), _TYPES[inputs[self._first].desc.type], _sm())
 
     def get_valid_tactics(self) -> list[int]:
         return list(range(1, len(self.baked.tactics) + 1))
@@ -157,6 +162,11 @@ class FusedOp(*_BASES):  # type: ignore[misc]
         return self._collection
 
     # what both share
+
+    @cached_property
+    def _first(self) -> int:
+        """The first input of the node's own floating-point type."""
+        return next(i for i, value in enumerate(self.op.spec.inputs) if value.type == "T")
 
     def _dims(self, dims: Iterable[Any]) -> Dims:
         """The inputs' shapes as the graph has them: of int4, TensorRT has bytes of two."""
@@ -259,17 +269,6 @@ def check_fields() -> None:
             f"TensorRT {trt.__version__}'s Python bindings misread arrays of numpy {np.__version__}, and plugins would be"
             " corrupt: pip install 'numpy<2', or use --plugins off"
         )
-
-
-def _twin(op: PluginOp, output: Value) -> int:
-    """The input that an output has its shape and type from.
-
-    Raises: ValueError where the spec has none: such an op needs a shape rule of its own.
-    """
-    for index, value in enumerate(op.spec.inputs):
-        if (value.dims, value.type) == (output.dims, output.type):
-            return index
-    raise ValueError(f"{op.spec.name}: no input has the dims of output {output.name}")
 
 
 def _sm() -> int:

@@ -126,11 +126,18 @@ def test_engines_of_other_versions_are_refused(setting: Setting, monkeypatch: py
 
 
 def test_types_and_shapes(setting: Setting) -> None:
-    """Outputs are like the input of the same dims; all floats of a node have one type, positions are int64."""
+    """Outputs have the dims of the input like them, or of the same names; a node's floats have one type, positions int64."""
     attention = setting.made("Attention", num_heads=4, num_kv_heads=2, scale=0.5, window=0)
     shapes = [[f"{index}"] for index in range(8)]
     assert attention.get_output_shapes(shapes, [], None) == [["0"], ["6"], ["6"]]
     assert [attention.get_aliased_input(output) for output in range(3)] == [-1, 6, 7]
+    linear = setting.made("LinearInt4", block_size=64)  # its codes are bytes of two
+    assert linear.get_output_shapes([["b", "s", "in"], ["out", "in/2"], ["out", "blocks"]], [], None) == [["b", "s", "out"]]
+    half, codes = DataType.HALF, DataType.INT8
+    assert linear.get_output_data_types([half, codes, half]) == [half]
+    moe = setting.made("MoEInt8", top_k=2, normalization_mode=1)
+    experts = [["rows", "H"], ["rows"], ["down", "F"], ["down"], ["L"]]
+    assert moe.get_output_shapes([["T", "H"], ["E", "H"], *experts], [], None) == [["T", "H"]]
     assert attention.baked.attributes == {"num_heads": 4, "num_kv_heads": 2, "scale": 0.5, "window": 0}
     good = [desc(1)] * 5 + [desc(1, kind=DataType.INT64)] + [desc(1)] * 5
 
