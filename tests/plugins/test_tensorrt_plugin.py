@@ -132,7 +132,9 @@ def test_types_and_shapes(setting: Setting) -> None:
     assert attention.get_output_shapes(shapes, [], None) == [["0"], ["6"], ["6"]]
     assert [attention.get_aliased_input(output) for output in range(3)] == [-1, 6, 7]
     linear = setting.made("LinearInt4", block_size=64)  # its codes are bytes of two
-    assert linear.get_output_shapes([["b", "s", "in"], ["out", "in/2"], ["out", "blocks"]], [], None) == [["b", "s", "out"]]
+    assert linear.get_output_shapes([["b", "s", "in"], ["out", "in/2"], ["out", "blocks"]], [], None) == [
+        ["b", "s", "out"]
+    ]
     half, codes = DataType.HALF, DataType.INT8
     assert linear.get_output_data_types([half, codes, half]) == [half]
     moe = setting.made("MoEInt8", top_k=2, normalization_mode=1)
