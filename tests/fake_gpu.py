@@ -172,16 +172,23 @@ class _Failed(int):
 
 
 class DataType(enum.Enum):
-    FLOAT, HALF, BF16, INT64, INT8 = range(5)
+    FLOAT, HALF, BF16, INT64, INT8, UINT8 = range(6)
 
 
-_TYPES = {"tensor(float)": DataType.FLOAT, "tensor(float16)": DataType.HALF, "tensor(int64)": DataType.INT64}
+_TYPES = {
+    "tensor(float)": DataType.FLOAT,
+    "tensor(float16)": DataType.HALF,
+    "tensor(int64)": DataType.INT64,
+    "tensor(int8)": DataType.INT8,
+    "tensor(uint8)": DataType.UINT8,
+}
 _NUMPY = {
     DataType.FLOAT: np.float32,
     DataType.HALF: np.float16,
     DataType.BF16: ml_dtypes.bfloat16,
     DataType.INT64: np.int64,
     DataType.INT8: np.int8,
+    DataType.UINT8: np.uint8,
 }
 
 

@@ -22,6 +22,7 @@ TENSOR_TYPES = {
     trt.DataType.BF16: NUMPY_DTYPES["bfloat16"],
     trt.DataType.INT64: NUMPY_DTYPES["int64"],
     trt.DataType.INT8: NUMPY_DTYPES["int8"],
+    trt.DataType.UINT8: NUMPY_DTYPES["int8"],  # a cache's codes, the same bytes: see tensorrt_bytes
 }
 CACHE = "past_key_values."
 _MAIN_INPUTS = ("input_ids", "hidden_states")

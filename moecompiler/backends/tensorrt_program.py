@@ -15,6 +15,7 @@ import onnx.inliner
 from onnx import TensorProto, helper, numpy_helper
 
 from moecompiler.backends.base import BuildSettings, PluginLibrary
+from moecompiler.backends.tensorrt_bytes import unsigned_caches
 from moecompiler.errors import UserError
 from moecompiler.graph import COLLECTIVES, DOMAIN, Program, point_weights_at
 from moecompiler.ops import VERSION, plugin_name
@@ -60,6 +61,7 @@ def prepare(
     chosen, notes = choose_plugins(model, settings.plugins, dtype, sm, library)
     aliases = find_aliases(model, chosen, library)
     program = Program(mark_plugins(model, chosen), program.weights)
+    unsigned_caches(program.model)
     if any(node.domain == DOMAIN and node.name not in chosen for node in model.graph.node):
         program = tidy(program)
     model = program.model
