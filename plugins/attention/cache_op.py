@@ -1,9 +1,9 @@
 """``Attention`` over a KV cache of codes: ``AttentionInt8Cache``, ``AttentionFp8Cache``, and ``AttentionFp8Context``.
 
 A code is a byte, ``int8`` for both formats: an integer from -127 to 127, or the bits of an E4M3 number (OCP 8-bit floating point,
-1.0), whose sign is the byte's. TensorRT takes no FP8 tensor from outside but into ``DequantizeLinear`` (RTX 1.7), which 10.6 does
-not build there, and no FP8 at all into ``ScatterElements``; nor does ONNX. So what encodes and decodes is written out, in
-arithmetic that is exact, and bytes are scattered as numbers of the op's own type, which holds them exactly.
+1.0), whose sign is the byte's. TensorRT takes no FP8 tensor from outside but into ``DequantizeLinear`` (RTX 1.7), casts none
+(10.6), and takes none into ``ScatterElements``; nor does ONNX. So what encodes and decodes is written out, in arithmetic that is
+exact, and bytes are scattered as numbers of the op's own type, which holds them exactly.
 
 Keys (after rotary embedding) and values are divided by a scale of the layer's, in float32, and rounded to the nearest code, ties
 to even, saturating. What attention reads are numbers that codes stand for, code times scale rounded to the op's type; those of

@@ -158,3 +158,16 @@ def test_a_session_of_such_an_engine(
         caches = [
             {name: each[name.replace("past_key_values", "present")] for name in names} for each in (expected, got)
         ]
+
+
+@pytest.mark.xdist_group("tensorrt-rtx")
+def test_builds_for_rtx_cards(exported: Program, shipped: Subject, tmp_path: Path) -> None:
+    """The spelling itself: TensorRT-RTX has the parser and types that TensorRT has. With FP8 weights and FP8 attention."""
+    recipe = dataclasses.replace(default_recipe(FP8), cache=CacheQuantization(Format.E4M3, ((0.02, 0.01),), True))
+    program = prepared(exported, shipped, recipe, "plugins", "off")[1].program
+    settings = dataclasses.replace(SETTINGS, compute_capabilities=("8.9",))
+    backend = find_backend("tensorrt-rtx")
+    files = backend.build(program, shipped.reader, "rank0", tmp_path, settings, lambda done: None)
+    graph = onnx.load(files["rank0.onnx"], load_external_data=False).graph
+    assert {value.type.tensor_type.elem_type for value in graph.input if value.name in CACHES} == {TensorProto.UINT8}
+    assert files["rank0.plan"].stat().st_size > 500_000
