@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from moecompiler.backends.base import BuildSettings, PluginLibrary
 from moecompiler.backends.tensorrt_bytes import unsigned_caches
+from moecompiler.backends.tensorrt_int4 import widen_int4
 from moecompiler.errors import UserError
 from moecompiler.graph import COLLECTIVES, DOMAIN, Program, point_weights_at
 from moecompiler.ops import VERSION, plugin_name
@@ -64,6 +65,7 @@ def prepare(
     unsigned_caches(program.model)
     if any(node.domain == DOMAIN and node.name not in chosen for node in model.graph.node):
         program = tidy(program)
+    program, int4_notes = widen_int4(program)
     model = program.model
     weights = inline_literals(model, program.weights)
     bound, baked_notes = choose_bound(model, settings, weights)
@@ -71,7 +73,7 @@ def prepare(
     hold_as_bytes(model, as_bytes)
     make_inputs(model, bound)
     baked = {name: recipe for name, recipe in weights.items() if name not in bound}
-    return Prepared(Program(model, baked), bound, chosen, aliases, (*notes, *baked_notes), as_bytes)
+    return Prepared(Program(model, baked), bound, chosen, aliases, (*notes, *baked_notes, *int4_notes), as_bytes)
 
 
 def choose_plugins(

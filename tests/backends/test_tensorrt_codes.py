@@ -62,10 +62,10 @@ def test_every_quantized_op_is_a_plugin(exported: Program, scheme: WeightScheme)
         assert length == tensor.dims[0] * tensor.dims[1]
 
 
-def test_codes_that_an_operator_reads_stay_numbers(exported: Program) -> None:
+def test_codes_that_an_operator_reads_are_numbers(exported: Program) -> None:
     result = prepared(exported, int4(64), "engine", "moe=off")
     types = {tensor.name: tensor.data_type for tensor in result.program.model.graph.initializer}
-    assert types[f"{EXPERTS}.codes"] == TensorProto.INT4
+    assert types[f"{EXPERTS}.codes"] == TensorProto.INT8
     attention = [kind for name, kind in types.items() if name.endswith("codes") and "experts" not in name]
     assert attention == [TensorProto.INT8] * 2
     assert result.bound == {}
