@@ -16,6 +16,18 @@ ARRANGED_COLUMNS = 1024
 
 
 @dataclass(frozen=True)
+class OneTile:
+    """For one token: rows of codes of the up product, each for gate and for up, and of the down product; bytes of a row at a
+    time, of which twice as many are on their way."""
+
+    up_rows: int = 2
+    down_rows: int = 4
+    row_bytes: int = 1024
+    warps: int = 2
+    tokens: int = 1
+
+
+@dataclass(frozen=True)
 class FewTile:
     """For up to ``tokens`` tokens: rows of codes, columns in a turn of a loop; ``parts``: programs that share a sum over F."""
 
@@ -88,6 +100,18 @@ class QuantizedKernels:
         types = "x:T input_scales:T totals:I arranged:V tokens:i32"
         return self._kernel("few_kernels", "arrange", types, constants, 4)
 
+    def one(self, tile: OneTile) -> dict[Key, AnyKernel]:
+        """For one token."""
+        sizes = self.node.sizes
+        common = {"HIDDEN": sizes.hidden, "INTERMEDIATE": sizes.intermediate}
+        up = common | {"ROWS": tile.up_rows} | self._vector(tile, sizes.hidden)
+        down = common | {"TOP_K": sizes.top_k, "ROWS": tile.down_rows} | self._vector(tile, sizes.intermediate)
+        up_types = "x:V codes:C scales:S extra:E input_scales:T inner_scales:T chosen:I inner:V"
+        down_types = "inner:V codes:C scales:S extra:E inner_scales:T chosen:I weights:F y:T"
+        up_kernel = self._kernel("one_kernels", "one_up", self._for_scales(up_types), up, tile.warps)
+        down_kernel = self._kernel("one_kernels", "one_down", self._for_scales(down_types), down, tile.warps)
+        return {("one_up", tile): up_kernel, ("one_down", tile): down_kernel}
+
     def few(self, tile: FewTile) -> dict[Key, AnyKernel]:
         """For few tokens; their results are to be combined."""
         sizes = self.node.sizes
@@ -150,6 +174,23 @@ class QuantizedKernels:
             "STEPS": columns // at_once,
             "BLOCK": block,
             "CODES": codes,
+            "ASYMMETRIC": self.node.form.asymmetric,
+            "FAST": True,
+            "NATIVE": self.node.sm >= 89,
+        }
+
+    def _vector(self, tile: OneTile, width: int) -> dict[str, Any]:
+        """How ``one_kernels.vector_products`` goes through rows of ``width`` columns."""
+        group = self.node.block or 128
+        held = power_of_two(group // 4)
+        wanted = max(1, tile.row_bytes // (2 * held))
+        return {
+            "BLOCK": self.node.block,
+            "GROUP": group,
+            "GROUPS": min(wanted, power_of_two(-(-width // group))),
+            "QUADS": held,
+            "COLUMNS": min(tile.row_bytes, power_of_two(width)),
+            "CODES": self.node.codes,
             "ASYMMETRIC": self.node.form.asymmetric,
             "FAST": True,
             "NATIVE": self.node.sm >= 89,

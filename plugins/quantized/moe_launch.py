@@ -13,7 +13,13 @@ from typing import Any, TypeAlias
 from moecompiler.plugins.launch import AnyKernel, Arena, Dims, Input, Launch, Output, Workspace, multiprocessors
 from moecompiler.plugins.moe.compiled import COMBINED_COLUMNS, MOVED_COLUMNS, ROUTED_TOKENS, Key, Step
 from moecompiler.plugins.quantized import grouped_codes, grouped_fp8
-from moecompiler.plugins.quantized.moe_compiled import ARRANGED_COLUMNS, FewTile, ManyTile, QuantizedKernels
+from moecompiler.plugins.quantized.moe_compiled import (
+    ARRANGED_COLUMNS,
+    FewTile,
+    ManyTile,
+    OneTile,
+    QuantizedKernels,
+)
 from moecompiler.plugins.quantized.moe_node import QuantizedNode, Weight, node_of
 
 
@@ -25,7 +31,7 @@ class Grouped:
     tokens: int = 0
 
 
-Way: TypeAlias = FewTile | ManyTile | Grouped
+Way: TypeAlias = OneTile | FewTile | ManyTile | Grouped
 
 
 @dataclass(frozen=True)
@@ -44,15 +50,20 @@ class QuantizedMoETactic:
     def _table(self) -> dict[Key, AnyKernel]:
         made = self._made
         table: dict[Key, AnyKernel] = {("route", ROUTED_TOKENS): made.shared.route(ROUTED_TOKENS)}
-        if any(isinstance(way, FewTile) for way in self.ways):
+        if any(isinstance(way, OneTile | FewTile) for way in self.ways):
             table["route", 1] = made.shared.route(1)
             if made.arranges:
                 table["arrange", 0] = made.arrange()
         for way in self.ways:
-            if isinstance(way, Grouped):
-                table.update(way.made.kernels())
-            else:
-                table.update(made.few(way) if isinstance(way, FewTile) else made.many(way))
+            match way:
+                case Grouped():
+                    table.update(way.made.kernels())
+                case OneTile():
+                    table.update(made.one(way))
+                case FewTile():
+                    table.update(made.few(way))
+                case ManyTile():
+                    table.update(made.many(way))
         return table
 
     @cached_property
@@ -91,12 +102,14 @@ class QuantizedMoETactic:
         arena, sizes = Arena(), self.node.sizes
         assignments = tokens * sizes.top_k
         chosen, weights = arena.take(4 * assignments), arena.take(4 * assignments)
-        block = 1 if isinstance(way, FewTile) else ROUTED_TOKENS
+        block = 1 if isinstance(way, OneTile | FewTile) else ROUTED_TOKENS
         blocks = -(-tokens // block)
         counts = arena.take(4 * blocks * self._made.shared.local_block)
         route_args = (Input(0), Input(1), Input(self.node.expert_ids), chosen, weights, counts, tokens)
         steps = [Step(("route", block), (blocks, 1, 1), route_args)]
-        if isinstance(way, FewTile):
+        if isinstance(way, OneTile):
+            steps += self._one_steps(way, arena, chosen, weights)
+        elif isinstance(way, FewTile):
             steps += self._few_steps(way, arena, chosen, weights, tokens)
         elif isinstance(way, Grouped):
             steps += _grouped_steps(way, arena, chosen, weights, counts, tokens)
@@ -107,6 +120,30 @@ class QuantizedMoETactic:
     def _weight(self, weight: Weight) -> tuple[Input, Input, Input]:
         return Input(weight.codes), Input(weight.scales), Input(weight.extra)
 
+    def _one_steps(self, one: OneTile, arena: Arena, chosen: Workspace, weights: Workspace) -> list[Step]:
+        sizes, node = self.node.sizes, self.node
+        input_scales, inner_scales = Input(node.gate_up.input_scales), Input(node.down.input_scales)
+        steps: list[Step] = []
+        x: Input | Workspace = Input(0)
+        if node.form.rounds_inputs:
+            x, arrange = self._arranged(arena, chosen, 1)
+            steps.append(arrange)
+        inner = arena.take(2 * sizes.top_k * sizes.intermediate)
+        up_args = (x, *self._weight(node.gate_up), input_scales, inner_scales, chosen, inner)
+        down_args = (inner, *self._weight(node.down), inner_scales, chosen, weights, Output(0))
+        return [
+            *steps,
+            Step(("one_up", one), (sizes.top_k, -(-sizes.intermediate // one.up_rows), 1), up_args),
+            Step(("one_down", one), (-(-sizes.hidden // one.down_rows), 1, 1), down_args),
+        ]
+
+    def _arranged(self, arena: Arena, chosen: Workspace, tokens: int) -> tuple[Workspace, Step]:
+        sizes, node = self.node.sizes, self.node
+        experts = sizes.local if node.form.rounds_inputs else 1
+        x = arena.take(2 * experts * tokens * sizes.hidden)
+        grid = (tokens, -(-sizes.hidden // ARRANGED_COLUMNS), experts)
+        return x, Step(("arrange", 0), grid, (Input(0), Input(node.gate_up.input_scales), chosen, x, tokens))
+
     def _few_steps(self, few: FewTile, arena: Arena, chosen: Workspace, weights: Workspace, tokens: int) -> list[Step]:
         sizes, node = self.node.sizes, self.node
         hit = min(sizes.local, tokens * sizes.top_k)
@@ -114,10 +151,8 @@ class QuantizedMoETactic:
         steps: list[Step] = []
         x: Input | Workspace = Input(0)
         if self._made.arranges:
-            experts = sizes.local if node.form.rounds_inputs else 1
-            x = arena.take(2 * experts * tokens * sizes.hidden)
-            arranged_grid = (tokens, -(-sizes.hidden // ARRANGED_COLUMNS), experts)
-            steps.append(Step(("arrange", 0), arranged_grid, (Input(0), input_scales, chosen, x, tokens)))
+            x, arrange = self._arranged(arena, chosen, tokens)
+            steps.append(arrange)
         inner = arena.take(2 * sizes.local * tokens * sizes.intermediate)
         results = arena.take(4 * few.parts * sizes.local * tokens * sizes.hidden)
         up_args = (x, *self._weight(node.gate_up), input_scales, inner_scales, chosen, inner, tokens)
@@ -174,19 +209,25 @@ def tactics(op: str, attributes: Mapping[str, Any], dims: Dims, dtype: str, sm: 
         return ()
     columns = 256 if node.halves else 128
     parts = _parts(node, 32)
+    found: dict[str, tuple[Way, ...]]
     eight, sixteen = (FewTile(tokens, columns=columns, parts=parts) for tokens in (8, 16))
     shallow = replace(eight, stages=3)  # more programs at a time, each with less on its way
     thin = replace(eight, rows=16, warps=1, parts=_parts(node, 16))
-    more = (FewTile(32, rows=64, columns=128, warps=4), FewTile(64, rows=64, columns=128, warps=4))
+    ones = (OneTile(4, 8), OneTile(4, 4, 2048, 4)) if node.halves else (OneTile(), OneTile(2, 2, 2048, 4))
     grouped = _grouped(node)
-    many: tuple[Way, ...] = grouped or (ManyTile(1024, 64), ManyTile(0, 128, 64, 64, 3, 8))
-    found: dict[str, tuple[Way, ...]] = {
-        "narrow": (eight, sixteen, *more, *many),
-        "shallow": (shallow, sixteen, *many),
-        "thin": (thin, sixteen, *many),
-    }
     if grouped:
-        found["early"] = (eight, *many)
+        # TensorRT times tactics with ids of experts that are all the same, where little of the work is done: those that were
+        # slower with real ones are not offered, and what differs is for one token only
+        few = (eight, sixteen) if node.codes == "int4" else (thin,)
+        found = {name: (one, *few, *grouped) for name, one in zip(("narrow", "wide"), ones, strict=True)}
+    else:
+        more = (FewTile(32, rows=64, columns=128, warps=4), FewTile(64, rows=64, columns=128, warps=4))
+        many = (ManyTile(1024, 64), ManyTile(0, 128, 64, 64, 3, 8))
+        found = {
+            "narrow": (ones[0], eight, sixteen, *more, *many),
+            "shallow": (ones[1], shallow, sixteen, *many),
+            "thin": (ones[0], thin, sixteen, *many),
+        }
     return tuple(QuantizedMoETactic(name, node, ways) for name, ways in found.items())
 
 

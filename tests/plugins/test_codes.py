@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from moecompiler.plugins.quantized import codes
+from moecompiler.plugins.quantized import codes, vector_codes
 from moecompiler.quantization.encodings import decode_e2m1
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -108,3 +108,16 @@ def test_four_to_16_bits(ptx: codes.tl.constexpr, dtype: np.dtype, decode: Calla
         numbers = np.ascontiguousarray(words).view(dtype)
         expected = decode(((quads >> (4 * i)) & 15).astype(np.uint8))
         np.testing.assert_array_equal(numbers.astype(np.float32), expected.astype(np.float32))
+
+
+def test_four_to_16_bits_for_vectors() -> None:
+    """But for what they have in common."""
+    quads = np.arange(1 << 16, dtype=np.uint16)
+    raised = run(vector_codes.INT4_QUADS_RAISED.value, quads.view(np.uint32), 8)
+    small = run(vector_codes.E2M1_QUADS_SMALL.value, quads.view(np.uint32), 4)
+    for i in range(4):
+        code = ((quads >> (4 * i)) & 15).astype(np.uint8)
+        numbers = np.stack(raised[2 * i : 2 * i + 2], 1).view(np.float32).ravel()
+        np.testing.assert_array_equal(128 * numbers - 136, int4(code))
+        halves = np.ascontiguousarray(small[i]).view(np.float16).astype(np.float32)
+        np.testing.assert_array_equal(halves * 2**14, decode_e2m1(code))

@@ -42,13 +42,13 @@ def found(kind: str, block: int, sm: int, dtype: torch.dtype) -> tuple[tuple[Qua
 def test_kernels_compile(kind: str, block: int, sm: int) -> None:
     ways, _ = found(kind, block, sm, torch.bfloat16 if sm == 80 else torch.float16)
     kernels = {kernel.function: kernel for tactic in ways[:1] for kernel in tactic.kernels}
-    for name in ("few_up", "few_down", "many_up", "arrange"):
+    for name in ("one_up", "one_down", "few_up", "few_down", "many_up", "arrange"):
         kernel = kernels.get(name)
         if isinstance(kernel, Kernel):
             cubin = compile_kernel(kernel, sm)
             assert cubin.image[:4] == b"\x7fELF"
             assert cubin.shared <= shared_memory(sm), f"{name}: {cubin.shared} bytes of shared memory"
-    assert {"few_up", "few_down"} <= set(kernels)
+    assert {"one_up", "one_down", "few_up", "few_down"} <= set(kernels)
 
 
 @pytest.mark.parametrize("sm", [80, 90])

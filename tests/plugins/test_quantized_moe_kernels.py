@@ -17,7 +17,7 @@ from opmodels import op_model
 from moecompiler.config import NormalizationMode
 from moecompiler.graph import ONNX_DTYPES
 from moecompiler.plugins.quantized.moe import quantized_moe_spec
-from moecompiler.plugins.quantized.moe_compiled import FewTile, ManyTile
+from moecompiler.plugins.quantized.moe_compiled import FewTile, ManyTile, OneTile
 from moecompiler.plugins.quantized.moe_launch import QuantizedMoETactic, tactics
 from moecompiler.plugins.quantized.moe_node import moe_forms
 from moecompiler.tools.quantized_layers import QuantizedLayer
@@ -86,12 +86,12 @@ def assert_close(layer: QuantizedLayer, got: torch.Tensor, want: torch.Tensor) -
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize(("kind", "block"), KINDS)
 def test_few_tokens(interpreting: ProcessPoolExecutor, kind: str, block: int, tokens: int) -> None:
-    """Rows end within a tile; of three tokens, sums over F are in two parts."""
+    """Rows end within a tile. Of one token, an expert may be another rank's; of three, sums over F are in two parts."""
     torch.manual_seed(tokens)
     layer, x = layer_of(kind, block), torch.randn(tokens, 96).half()
     tactic = tactic_of(layer)
-    if tokens > 1:
-        tactic = replace(tactic, ways=(FewTile(16, columns=64, parts=2),))
+    small = FewTile(16, columns=64, parts=2) if tokens > 1 else OneTile(8, 64, row_bytes=64)
+    tactic = replace(tactic, ways=(small,))
     want = by_body(layer, x)
     assert_close(layer, run(interpreting, layer, x, tactic), want)
     assert_close(layer, layer.expected(x), want)  # what GPU tests hold kernels to
