@@ -131,13 +131,18 @@ def load_program(path: Path) -> Program:
     if not model.HasField("graph"):  # no bytes at all are a valid protobuf
         raise UserError(f"{path}: is not an ONNX file: it holds no graph")
     recipes = path.with_suffix(".weights.json")
-    if not recipes.exists():
-        return Program(model)
+    return Program(model, load_recipes(recipes)) if recipes.exists() else Program(model)
+
+
+def load_recipes(path: Path) -> dict[str, Recipe]:
+    """Reads ``NAME.weights.json``. Raises: UserError where it is missing, or is not what its name says."""
     try:
-        data = json.loads(recipes.read_text())
-        return Program(model, {name: Recipe.from_json(recipe) for name, recipe in data.items()})
+        data = json.loads(path.read_text())
+        return {name: Recipe.from_json(recipe) for name, recipe in data.items()}
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found") from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{recipes}: is not a table of weight recipes: {error}") from None
+        raise UserError(f"{path}: is not a table of weight recipes: {error}") from None
 
 
 def check(program: Program) -> None:

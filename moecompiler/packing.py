@@ -35,8 +35,9 @@ def pack(
     parts: Sequence[tuple[Path, Mapping[str, Recipe]]],
     reader: TensorReader,
     progress: Callable[[float], None] = lambda fraction: None,
-) -> None:
-    """Writes a safetensors file for each part; ``progress`` is told the fraction of all of them that is done.
+) -> list[str]:
+    """Writes a safetensors file for each part and returns their SHA-256s; ``progress`` is told the fraction of all of them that
+    is done.
 
     Raises: UserError where a file cannot be written, or a weight cannot be quantized; OverflowError where one does not fit its
     dtype.
@@ -54,5 +55,4 @@ def pack(
     def tensor(recipes: Mapping[str, Recipe], name: str) -> np.ndarray:
         return stored(recipes[name], tensors.tensor(recipes[name]))
 
-    for path, recipes in parts:
-        write(path, tensors_of(recipes), partial(tensor, recipes), advance)
+    return [write(path, tensors_of(recipes), partial(tensor, recipes), advance) for path, recipes in parts]

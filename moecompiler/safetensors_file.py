@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,20 +240,25 @@ def write(
     def put(data: memoryview) -> None:
         at = 0
         while at < len(data):
+            chunk = data[at : at + CHUNK]
+            hashed = hashing.submit(digest.update, chunk)  # meanwhile: either alone takes as long as a disk does
+            done = 0
             try:
-                count = file.write(data[at : at + CHUNK])  # unbuffered, so that a full disk is met here
+                while done < len(chunk):
+                    done += file.write(chunk[done:])  # unbuffered, so that a full disk is met here
             except OSError as error:
                 raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
-            digest.update(data[at : at + count])
-            at += count
+            finally:
+                hashed.result()
+            at += done
             if progress is not None:
-                progress(count)
+                progress(done)
 
     try:
         file = path.open("wb", buffering=0)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
-    with file:
+    with file, ThreadPoolExecutor(1) as hashing:
         put(memoryview(header))
         for name in offsets:
             put(checked(name))  # not bound to a name, so it is freed before the next is made

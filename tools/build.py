@@ -16,6 +16,7 @@ from moecompiler.atomic import fingerprint
 from moecompiler.backends.base import BuildSettings, EngineLimits
 from moecompiler.config import ModelConfig
 from moecompiler.errors import UserError
+from moecompiler.packed import PACKED
 from moecompiler.plugin_switches import merge_legacy
 from moecompiler.tools import options as opt
 from moecompiler.tools.backend import open_backend
@@ -129,11 +130,12 @@ def run_build(
 
         def commit(rank: int, result: tuple[dict[str, Path], dict[str, Any]]) -> None:
             staged, info = result
-            writer.commit_rank(rank, keys[rank], staged, source.rank_info(rank) | info)
+            kept = {key: value for key, value in source.rank_info(rank).items() if key != PACKED}
+            writer.commit_rank(rank, keys[rank], staged, kept | info)
             for note in info.get("engine", {}).get("notes", ()):
                 print(f"note: rank {rank}: {note}", file=sys.stderr)
 
-        task = _BuildRank(source.directory, output_dir, engine.backend, job.source, job.model, settings)
+        task = _BuildRank(source, output_dir, engine.backend, job.source, job.model, settings)
         run_ranks(task, missing, work.workers, "build", on_result=commit)
         _copy_tokenizer(job, writer)
     return notes
@@ -160,7 +162,7 @@ def _legacy_notes(engine: EngineFlags) -> list[str]:
 def _key(source: Artifact, rank: int, made_by: tuple[Any, ...], job: Job) -> str:
     files = source.rank_files(rank).items()
     inputs = {name: record.sha256 for name, record in files if not name.startswith(f"{DUMPS}/")}
-    return fingerprint("build", made_by, inputs, job.source)
+    return fingerprint("build", made_by, inputs, job.source, *source.rank_info(rank).get(PACKED, {}).values())
 
 
 def _copy_tokenizer(job: Job, writer: ArtifactWriter) -> None:
@@ -182,7 +184,7 @@ def _copy_tokenizer(job: Job, writer: ArtifactWriter) -> None:
 class _BuildRank:
     """The task: one rank's engine files under temporary names, and what ``inspect`` shows of them."""
 
-    source: Path
+    source: Artifact
     directory: Path
     backend: str
     identity: dict[str, Any]
@@ -190,11 +192,11 @@ class _BuildRank:
     settings: BuildSettings
 
     def __call__(self, rank: int, progress: ProgressFn) -> tuple[dict[str, Path], dict[str, Any]]:
-        from moecompiler.dummy import open_source
         from moecompiler.graph import load_program
+        from moecompiler.packed import open_rank_source
 
-        program = load_program(self.source / f"rank{rank}.onnx")
-        reader = open_source(self.identity, self.model)
+        program = load_program(self.source.directory / f"rank{rank}.onnx")
+        reader = open_rank_source(self.source.directory, self.source.rank_info(rank), self.identity, self.model)
         try:
             staged = open_backend(self.backend).build(
                 program, reader, f"rank{rank}", self.directory, self.settings, progress

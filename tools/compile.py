@@ -39,13 +39,14 @@ def compile_(
     instruments: InstrumentFlags,
     engine: EngineFlags,
     work: WorkFlags,
+    pack_weights: opt.PackWeights = False,
 ) -> None:
     """Compile a checkpoint into engines: export + optimize + build."""
     job = make_job(source, parallel, graph, passes, partial(calibrate_beside, output_dir, calibration))
     job = smoothed(job, passes, calibration, output_dir)
     passes = replace(passes.for_backend(engine.backend), recipe=job.quantization)
     check_instruments(instruments, passes.selection)
-    for note in run_compile(job, output_dir, engine, passes, instruments, work):
+    for note in run_compile(job, output_dir, engine, passes, instruments, work, pack_weights):
         print(note)
     ranks = ranks_asked_for(job.mapping.world_size, work.rank)
     print(f"compiled {len(ranks)} rank(s) ({job.mapping}, {job.export.dtype}) into {output_dir}")
@@ -58,11 +59,12 @@ def run_compile(
     passes: SelectionFlags,
     instruments: InstrumentFlags,
     work: WorkFlags,
+    pack_weights: bool = False,
 ) -> list[str]:
     """Makes ``output_dir`` an engine directory, with ``export`` and ``optimize`` in it; returns notes for the user."""
     check_engine(job, engine)
     check_engine_dir(output_dir)
-    run_export(job, output_dir / "export", work)
+    run_export(job, output_dir / "export", work, pack_weights)
     exported = Artifact.open(output_dir / "export", ("export",))
     run_optimize(exported, output_dir / "optimize", passes, instruments, work)
     optimized = Artifact.open(output_dir / "optimize", ("optimize",))

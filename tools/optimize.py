@@ -15,6 +15,7 @@ from moecompiler.artifact_writer import writing
 from moecompiler.atomic import fingerprint, temporary_path
 from moecompiler.config import ModelConfig
 from moecompiler.errors import UserError
+from moecompiler.packed import packed_from
 from moecompiler.passes.selection import identity
 from moecompiler.pipeline import PassResult
 from moecompiler.tools import options as opt
@@ -91,9 +92,10 @@ def run_optimize(
         missing = [r for r in ranks if instruments.shows or not writer.is_done(r, keys[r])]
 
         def commit(rank: int, result: _Optimized) -> None:
-            writer.commit_rank(rank, keys[rank], result.staged, result.info)
+            packed = packed_from(source.rank_info(rank), source.directory, output_dir)
+            writer.commit_rank(rank, keys[rank], result.staged, result.info | packed)
 
-        task = _OptimizeRank(source.directory, output_dir, passes, instruments, job.source, job.model)
+        task = _OptimizeRank(source, output_dir, passes, instruments, job.source, job.model)
         done = run_ranks(task, missing, work.workers, "optimize", on_result=commit)
         for rank, result in done.items():  # in their order, whichever was done first
             show(result.results, result.text, instruments, _whose(rank))
@@ -131,7 +133,7 @@ class _Optimized:
 class _OptimizeRank:
     """The task."""
 
-    source: Path
+    source: Artifact
     directory: Path
     passes: SelectionFlags
     instruments: InstrumentFlags
@@ -139,13 +141,13 @@ class _OptimizeRank:
     model: ModelConfig
 
     def __call__(self, rank: int, progress: ProgressFn) -> _Optimized:
-        from moecompiler.dummy import open_source
         from moecompiler.graph import load_program, serialize
+        from moecompiler.packed import open_rank_source
         from moecompiler.pipeline import run_passes
         from moecompiler.quantized import quantized_weights
 
         stem = f"rank{rank}"
-        exported = load_program(self.source / f"{stem}.onnx")
+        exported = load_program(self.source.directory / f"{stem}.onnx")
         steps = self.passes.selection.passes()
         watcher = Watcher(self.instruments, exported, _whose(rank))
         with watcher.printed_if_it_fails():
@@ -167,7 +169,11 @@ class _OptimizeRank:
             return staged.setdefault(f"{DUMPS}/{stem}/{name}", temporary_path(folder / name))
 
         try:
-            watcher.write(lambda: open_source(self.identity, self.model), path_of, progress)
+            watcher.write(
+                lambda: open_rank_source(self.source.directory, self.source.rank_info(rank), self.identity, self.model),
+                path_of,
+                progress,
+            )
         except BaseException:
             _remove_dumps(staged, folder)
             raise

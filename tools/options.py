@@ -203,6 +203,14 @@ OptionalOutputDir = Annotated[Path | None, _OUTPUT_DIR]
 CheckpointDir = Annotated[Path, _CHECKPOINT_DIR]
 OptionalCheckpointDir = Annotated[Path | None, _CHECKPOINT_DIR]
 EngineDir = Annotated[Path, typer.Option("--engine_dir", help="What `compile` or `build` wrote.")]
+PackWeights = Annotated[
+    bool,
+    typer.Option(
+        "--pack_weights",
+        help="Give each exported rank a file of its own weights: engines can then be built without the checkpoint.",
+        rich_help_panel=_WORK,
+    ),
+]
 Workers = Annotated[int, typer.Option("--workers", min=1, help="Ranks worked on in parallel.", rich_help_panel=_WORK)]
 Rank = Annotated[int | None, typer.Option("--rank", help="Only this rank.", rich_help_panel=_WORK)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

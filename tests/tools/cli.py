@@ -145,14 +145,14 @@ def contents(directory: Path) -> dict[str, bytes]:
     }
 
 
-def logits(path: Path) -> np.ndarray:
+def logits(path: Path, vocabulary: int = 1000) -> np.ndarray:
     """What the graph in a file, as it is, says of two prompts of unequal length; its caches are empty."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path, options)
-    ids = np.random.default_rng(0).integers(0, 1000, (2, 5))
+    ids = np.random.default_rng(0).integers(0, vocabulary, (2, 5))
     given = {"input_ids": ids, "position_ids": np.tile(np.arange(5), (2, 1)), "last_token_ids": np.array([4, 2])}
     caches = {
         each.name: np.zeros((2, *each.shape[1:]), np.float32) for each in session.get_inputs() if each.name not in given
