@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from moecompiler.backends.base import BuildSettings, PluginLibrary
 from moecompiler.backends.tensorrt_bytes import unsigned_caches
 from moecompiler.backends.tensorrt_int4 import widen_int4
+from moecompiler.backends.tensorrt_slower import slower_notes
 from moecompiler.errors import UserError
 from moecompiler.graph import COLLECTIVES, DOMAIN, Program, point_weights_at
 from moecompiler.ops import VERSION, plugin_name
@@ -73,7 +74,9 @@ def prepare(
     hold_as_bytes(model, as_bytes)
     make_inputs(model, bound)
     baked = {name: recipe for name, recipe in weights.items() if name not in bound}
-    return Prepared(Program(model, baked), bound, chosen, aliases, (*notes, *baked_notes, *int4_notes), as_bytes)
+    slower = slower_notes(chosen.values(), settings.limits, sm)
+    notes += [*baked_notes, *int4_notes, *slower]
+    return Prepared(Program(model, baked), bound, chosen, aliases, tuple(notes), as_bytes)
 
 
 def choose_plugins(

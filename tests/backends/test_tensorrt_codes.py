@@ -30,10 +30,12 @@ def exported(shipped: Subject, programs: Programs) -> Program:
     return programs.exported(config, GRID["one-rank"], 0, ExportOptions("float16", max_seq_len=MAX_SEQ_LEN))
 
 
-def prepared(exported: Program, scheme: WeightScheme, moe_weights: str = "external", plugins: str = "auto") -> Prepared:
+def prepared(
+    exported: Program, scheme: WeightScheme, moe_weights: str = "external", plugins: str = "auto", batch: int = 4
+) -> Prepared:
     program, _ = run_passes(named_pipelines(default_recipe(scheme))["plugins"], exported)
     limits = EngineLimits(
-        4, MAX_SEQ_LEN - 1, MAX_SEQ_LEN, program.model.graph.output[0].type.tensor_type.shape.dim[1].dim_value
+        batch, MAX_SEQ_LEN - 1, MAX_SEQ_LEN, program.model.graph.output[0].type.tensor_type.shape.dim[1].dim_value
     )
     settings = BuildSettings(limits, parse_plugins(plugins), moe_weights)
     return prepare(program, settings, "float16", 90, TensorRTPlugins())
@@ -69,6 +71,15 @@ def test_codes_that_an_operator_reads_are_numbers(exported: Program) -> None:
     attention = [kind for name, kind in types.items() if name.endswith("codes") and "experts" not in name]
     assert attention == [TensorProto.INT8] * 2
     assert result.bound == {}
+
+
+def test_slower_steps_are_noted(exported: Program) -> None:
+    """Of a plugin, where the engine takes as many tokens."""
+    of_few, of_many = prepared(exported, int4(64)), prepared(exported, int4(64), batch=64)
+    assert not any(
+        "slower" in note for note in (*of_few.notes, *prepared(exported, int4(64), plugins="off", batch=64).notes)
+    )
+    assert sum(note.startswith("MoEInt4: ") and "slower" in note for note in of_many.notes) == 1
 
 
 def test_codes_of_a_plugin_and_of_an_operator(exported: Program) -> None:
