@@ -213,7 +213,7 @@ def tactics(op: str, attributes: Mapping[str, Any], dims: Dims, dtype: str, sm: 
     eight, sixteen = (FewTile(tokens, columns=columns, parts=parts) for tokens in (8, 16))
     shallow = replace(eight, stages=3)  # more programs at a time, each with less on its way
     thin = replace(eight, rows=16, warps=1, parts=_parts(node, 16))
-    ones = (OneTile(4, 8), OneTile(4, 4, 2048, 4)) if node.halves else (OneTile(), OneTile(2, 2, 2048, 4))
+    ones = (OneTile(4), OneTile(4, 4, 2048, 4)) if node.halves else (OneTile(), OneTile(2, 2, 2048, 4))
     grouped = _grouped(node)
     if grouped:
         # TensorRT times tactics with ids of experts that are all the same, where little of the work is done: those that were
