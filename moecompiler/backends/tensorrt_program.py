@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from moecompiler.backends.base import BuildSettings, PluginLibrary
 from moecompiler.backends.tensorrt_bytes import unsigned_caches
+from moecompiler.backends.tensorrt_fp8 import widen_fp8_experts
 from moecompiler.backends.tensorrt_int4 import widen_int4
 from moecompiler.backends.tensorrt_slower import slower_notes
 from moecompiler.errors import UserError
@@ -67,6 +68,7 @@ def prepare(
     if any(node.domain == DOMAIN and node.name not in chosen for node in model.graph.node):
         program = tidy(program)
     program, int4_notes = widen_int4(program)
+    program, fp8_notes = widen_fp8_experts(program)
     model = program.model
     weights = inline_literals(model, program.weights)
     bound, baked_notes = choose_bound(model, settings, weights)
@@ -75,7 +77,7 @@ def prepare(
     make_inputs(model, bound)
     baked = {name: recipe for name, recipe in weights.items() if name not in bound}
     slower = slower_notes(chosen.values(), settings.limits, sm)
-    notes += [*baked_notes, *int4_notes, *slower]
+    notes += [*baked_notes, *int4_notes, *fp8_notes, *slower]
     return Prepared(Program(model, baked), bound, chosen, aliases, tuple(notes), as_bytes)
 
 
