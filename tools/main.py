@@ -18,10 +18,12 @@ from moecompiler.tools.export import export
 from moecompiler.tools.inspection import inspect
 from moecompiler.tools.optimize import optimize
 from moecompiler.tools.passes.table import make_passes_app
+from moecompiler.tools.plan import plan
 from moecompiler.tools.run import run
 from moecompiler.tools.validate import validate
 
 VERBS: dict[str, Callable[..., Any]] = {
+    "plan": plan,
     "compile": compile_,
     "export": export,
     "optimize": optimize,
