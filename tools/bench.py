@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise, product
@@ -22,14 +23,17 @@ from moecompiler.errors import UserError
 from moecompiler.mapping import Mapping
 from moecompiler.runtime.communicator import Communicator
 from moecompiler.runtime.generation import GenerationOptions, check_request, generate
-from moecompiler.runtime.mpi import world
+from moecompiler.runtime.places import places_of
 from moecompiler.runtime.sampling import SamplingOptions
 from moecompiler.runtime.session import StageSession, closing
 from moecompiler.runtime.threads import run_in_threads
+from moecompiler.runtime.watchdog import PATIENCE_SECONDS
 from moecompiler.tools import options as opt
+from moecompiler.tools.engine_dirs import directory_of, open_engines
 from moecompiler.tools.job import Job
 from moecompiler.tools.launched import run_launched
-from moecompiler.tools.run import load_rank, share_of_cores, together
+from moecompiler.tools.run import load_rank, share_of_cores
+from moecompiler.tools.together import together
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ def bench(
     check_hashes: Annotated[
         bool, typer.Option("--check_hashes/--no_check_hashes", help="Compare files with the manifest.")
     ] = True,
+    watchdog_s: opt.WatchdogS = PATIENCE_SECONDS,
     output_json: Annotated[Path | None, typer.Option("--output_json", help="Also write the figures here.")] = None,
     as_json: opt.Json = False,
 ) -> int:
@@ -97,35 +102,43 @@ def bench(
     cases = tuple(Case(*sizes) for sizes in product(*lists))
     sampling = SamplingOptions(temperature, top_k, top_p, seed)
     request = Request(engine_dir, cases, runs, warmup, sampling, threads, check_hashes)
-    artifact = Artifact.open(engine_dir, ("engine",))
+
+    def rank(communicator: Communicator) -> None:
+        artifact, results = bench_engines(request, communicator)
+        if communicator.rank == 0:
+            _report(artifact, results, output_json, as_json)
+
     if in_process:
-        results = run_in_threads(artifact.world_size, lambda each: bench_rank(request, each))[0]
-        rank = 0
+        here = places_of([platform.node()])[0]
+        run_in_threads(Artifact.open(directory_of(engine_dir, here), ("engine",)).world_size, rank)
     else:
-        communicator = world(os.environ)
-        results = run_launched(communicator, lambda: bench_rank(request, communicator))
-        rank = communicator.rank
-    if rank == 0:
-        _report(artifact, results, output_json, as_json)
+        run_launched(os.environ, rank, watchdog_s)
     return 0
 
 
 def bench_rank(request: Request, communicator: Communicator) -> list[Figures]:
-    """One rank's part. Raises: UserError, on every rank, where any rank cannot do what is asked."""
-    artifact = together(communicator, lambda: Artifact.open(request.engine_dir, ("engine",)))
+    """As ``bench_engines``, the figures alone."""
+    return bench_engines(request, communicator)[1]
+
+
+def bench_engines(request: Request, communicator: Communicator) -> tuple[Artifact, list[Figures]]:
+    """One rank's part: its engines and the figures. Raises: UserError, on every rank, where any rank cannot do what is asked."""
+    artifact, place = open_engines(request.engine_dir, communicator)
     job = Job.of(artifact)
     if communicator.world_size != job.mapping.world_size:
         raise UserError(
-            f"{request.engine_dir}: was compiled for {job.mapping.world_size} rank(s), but {communicator.world_size} run:"
+            f"{artifact.directory}: was compiled for {job.mapping.world_size} rank(s), but {communicator.world_size} run:"
             f" start it with `mpirun -n {job.mapping.world_size}`, or with --in_process"
         )
     threads = request.threads or share_of_cores(communicator)
-    with closing(
-        together(communicator, lambda: load_rank(artifact, communicator.rank, threads, request.check_hashes))
-    ) as session:
+
+    def load() -> StageSession:
+        return load_rank(artifact, place.rank, threads, request.check_hashes, place.local_rank)
+
+    with closing(together(communicator, load)) as session:
         for case in request.cases:
             _check_case(case, session, communicator, job.mapping)
-        return [_measure(case, request, session, communicator, job.mapping) for case in request.cases]
+        return artifact, [_measure(case, request, session, communicator, job.mapping) for case in request.cases]
 
 
 def _check_case(case: Case, session: StageSession, communicator: Communicator, mapping: Mapping) -> None:

@@ -19,6 +19,7 @@ from moecompiler.tools.inspection import inspect
 from moecompiler.tools.optimize import optimize
 from moecompiler.tools.passes.table import make_passes_app
 from moecompiler.tools.plan import plan
+from moecompiler.tools.printing import USER_ERROR, complaint
 from moecompiler.tools.run import run
 from moecompiler.tools.validate import validate
 
@@ -38,7 +39,6 @@ VERBS: dict[str, Callable[..., Any]] = {
 VARIADIC = ("--input_text",)
 # options that may stand without their value: --dump_passes is --dump_passes=all
 OPTIONAL = {"--dump_passes": "all"}
-USER_ERROR = 2
 
 
 def make_app() -> typer.Typer:
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = normalize(sys.argv[1:] if arguments is None else arguments)
     command = typer.main.get_command(make_app())
     try:
-        status = command.main(args=arguments, prog_name="moecompiler", standalone_mode=False)
+        status = command.main(args=arguments, prog_name="moecompiler", standalone_mode=False, obj=tuple(arguments))
     except UserError as error:
         return complain(str(error))
     except (typer.Abort, KeyboardInterrupt):
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def complain(message: str) -> int:
-    print(f"moecompiler: error: {' '.join(message.split())}", file=sys.stderr)
+    print(complaint(message), file=sys.stderr)
     return USER_ERROR
 
 

@@ -202,7 +202,19 @@ OutputDir = Annotated[Path, _OUTPUT_DIR]
 OptionalOutputDir = Annotated[Path | None, _OUTPUT_DIR]
 CheckpointDir = Annotated[Path, _CHECKPOINT_DIR]
 OptionalCheckpointDir = Annotated[Path | None, _CHECKPOINT_DIR]
-EngineDir = Annotated[Path, typer.Option("--engine_dir", help="What `compile` or `build` wrote.")]
+EngineDir = Annotated[
+    Path,
+    typer.Option(
+        "--engine_dir",
+        help="What `compile` or `build` wrote; {rank}, {local_rank} and {host} in it are each rank's own.",
+    ),
+]
+WatchdogS = Annotated[
+    float,
+    typer.Option(
+        "--watchdog_s", min=0.0, help="End all ranks when one gives no sign of life for so many seconds (0: never)."
+    ),
+]
 PackWeights = Annotated[
     bool,
     typer.Option(

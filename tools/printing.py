@@ -1,4 +1,4 @@
-"""How generated text and figures are printed."""
+"""How generated text, figures and errors are printed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from typing import Any
 from rich.console import Console
 
 from moecompiler.runtime.prompts import StreamingDetokenizer, Tokenizer
+
+USER_ERROR = 2  # the exit status where what was asked for cannot be done
+
+
+def complaint(message: str) -> str:
+    """The one line that says what is wrong."""
+    return f"moecompiler: error: {' '.join(message.split())}"
 
 
 class TextPrinter:

@@ -6,10 +6,9 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
@@ -18,19 +17,22 @@ from moecompiler.backends.base import EngineLimits
 from moecompiler.errors import UserError
 from moecompiler.runtime.communicator import Communicator, on_one_rank
 from moecompiler.runtime.generation import Generation, GenerationOptions, check_request, generate
-from moecompiler.runtime.mpi import world
 from moecompiler.runtime.outputs import check_writable, write_logits_npy, write_tokens_csv, write_tokens_npy
+from moecompiler.runtime.places import places_of
 from moecompiler.runtime.prompts import Tokenizer, load_tokenizer, read_prompts
 from moecompiler.runtime.sampling import SamplingOptions
 from moecompiler.runtime.session import StageSession, closing
 from moecompiler.runtime.threads import run_in_threads
+from moecompiler.runtime.watchdog import PATIENCE_SECONDS
 from moecompiler.tools import options as opt
 from moecompiler.tools.backend import open_backend
+from moecompiler.tools.engine_dirs import directory_of, open_engines
 from moecompiler.tools.job import Job
 from moecompiler.tools.launched import run_launched
+from moecompiler.tools.launcher import launch, parse_hosts
 from moecompiler.tools.printing import TextPrinter, summary_line
+from moecompiler.tools.together import together
 
-T = TypeVar("T")
 _PROMPT, _CHOICE, _OUT, _HOW = "Prompts", "Choosing tokens", "Output files", "How to run"
 
 
@@ -53,6 +55,7 @@ class Request:
 
 
 def run(
+    context: typer.Context,
     engine_dir: opt.EngineDir,
     max_output_len: Annotated[int, typer.Option("--max_output_len", help="Most tokens to generate.")],
     input_text: Annotated[
@@ -107,8 +110,19 @@ def run(
         bool,
         typer.Option("--check_hashes/--no_check_hashes", help="Compare files with the manifest.", rich_help_panel=_HOW),
     ] = True,
+    watchdog_s: opt.WatchdogS = PATIENCE_SECONDS,
+    start_ranks: Annotated[
+        bool, typer.Option("--launch", help="Call mpirun, so that all ranks run.", rich_help_panel=_HOW)
+    ] = False,
+    hosts: Annotated[
+        str | None, typer.Option("--hosts", help="With --launch: where: a,b or a:4,b:4.", rich_help_panel=_HOW)
+    ] = None,
+    mpirun: Annotated[
+        Path | None,
+        typer.Option("--mpirun", help="With --launch: which (default: beside Python, on PATH).", rich_help_panel=_HOW),
+    ] = None,
 ) -> int:
-    """Generate text with engines: alone, or under `mpirun -n WORLD`."""
+    """Generate text with engines: alone, under `mpirun -n WORLD`, or with --launch, which calls mpirun."""
     sampling = SamplingOptions(temperature, top_k, top_p, seed, repetition_penalty)
     request = Request(
         engine_dir,
@@ -124,39 +138,53 @@ def run(
         threads,
         check_hashes,
     )
-    if in_process:
-        run_in_threads(Artifact.open(engine_dir, ("engine",)).world_size, lambda each: run_rank(request, each))
+    if not start_ranks and (hosts is not None or mpirun is not None):
+        raise UserError("--hosts and --mpirun are of --launch, which calls mpirun: give it too")
+    if start_ranks and in_process:
+        raise UserError("--launch and --in_process exclude each other: ranks as processes, or as threads")
+    if in_process or start_ranks:
+        first = places_of([parse_hosts(hosts)[0].name if hosts else platform.node()])[0]
+        world_size = Artifact.open(directory_of(engine_dir, first), ("engine",)).world_size
+        if start_ranks:
+            launch(context.obj, world_size, hosts, mpirun)
+        run_in_threads(world_size, lambda each: run_rank(request, each))
         return 0
-    communicator = world(os.environ)
-    run_launched(communicator, lambda: run_rank(request, communicator))
+    run_launched(os.environ, lambda each: run_rank(request, each), watchdog_s)
     return 0
 
 
 def run_rank(request: Request, communicator: Communicator) -> Generation:
     """One rank's whole run. Raises: UserError, on every rank, where any rank cannot do what is asked."""
-    artifact = together(communicator, lambda: Artifact.open(request.engine_dir, ("engine",)))
+    artifact, place = open_engines(request.engine_dir, communicator)
     job = Job.of(artifact)
     if communicator.world_size != job.mapping.world_size:
         raise UserError(
-            f"{request.engine_dir}: was compiled for {job.mapping.world_size} rank(s) ({job.mapping}), but"
+            f"{artifact.directory}: was compiled for {job.mapping.world_size} rank(s) ({job.mapping}), but"
             f" {communicator.world_size} run: start it with `mpirun -n {job.mapping.world_size}`, or with --in_process"
         )
     options = together(communicator, lambda: _generation_options(request, job, writes=communicator.rank == 0))
     threads = request.threads or share_of_cores(communicator)
-    with closing(
-        together(communicator, lambda: load_rank(artifact, communicator.rank, threads, request.check_hashes))
-    ) as session:
-        return _run_loaded(request, communicator, job, options, session)
+
+    def load() -> StageSession:
+        return load_rank(artifact, place.rank, threads, request.check_hashes, place.local_rank)
+
+    with closing(together(communicator, load)) as session:
+        return _run_loaded(request, artifact, communicator, job, options, session)
 
 
 def _run_loaded(
-    request: Request, communicator: Communicator, job: Job, options: GenerationOptions, session: StageSession
+    request: Request,
+    artifact: Artifact,
+    communicator: Communicator,
+    job: Job,
+    options: GenerationOptions,
+    session: StageSession,
 ) -> Generation:
     tokenizers: list[Tokenizer] = []
 
     def tokenizer() -> Tokenizer:
         if not tokenizers:
-            tokenizers.append(load_tokenizer(_tokenizer_dir(request), job.model.vocab_size))
+            tokenizers.append(load_tokenizer(_tokenizer_dir(request, artifact), job.model.vocab_size))
         return tokenizers[0]
 
     pad_id = min(job.model.eos_token_ids, default=0)
@@ -174,35 +202,20 @@ def _run_loaded(
     return result
 
 
-def load_rank(artifact: Artifact, rank: int, threads: int, check_hashes: bool) -> StageSession:
-    """This rank's engine, its files checked first."""
+def load_rank(
+    artifact: Artifact, rank: int, threads: int, check_hashes: bool, device: int | None = None
+) -> StageSession:
+    """This rank's engine, its files checked first; on this GPU, counted from 0 on each host (default: of the rank's number)."""
     artifact.check([rank], hashes=check_hashes)
     backend = open_backend(artifact.header["backend"])
     limits = EngineLimits(**artifact.header["limits"])
-    return backend.load(artifact.directory, f"rank{rank}", limits, threads, device=rank)
+    return backend.load(artifact.directory, f"rank{rank}", limits, threads, device=rank if device is None else device)
 
 
 def share_of_cores(communicator: Communicator) -> int:
     """The cores this process may use, divided by the ranks that may use the same ones (`mpirun` can tie ranks to cores)."""
     cores = platform.node(), sorted(os.sched_getaffinity(0))
     return max(1, len(cores[1]) // communicator.gather_objects(cores).count(cores))
-
-
-def together(communicator: Communicator, function: Callable[[], T]) -> T:
-    """Calls ``function`` on every rank. Raises: UserError on all where one raises it: its own error, or the others'."""
-    result, error = None, None
-    try:
-        result = function()
-    except UserError as raised:
-        error = str(raised)
-    errors = communicator.gather_objects(error)
-    failed = {rank: text for rank, text in enumerate(errors) if text is not None}
-    if error is not None:
-        raise UserError(error)
-    if failed:
-        rank, text = next(iter(failed.items()))
-        raise UserError(f"rank {rank} cannot run: {text}")
-    return result  # type: ignore[return-value]
 
 
 def _generation_options(request: Request, job: Job, writes: bool) -> GenerationOptions:
@@ -213,12 +226,12 @@ def _generation_options(request: Request, job: Job, writes: bool) -> GenerationO
     return GenerationOptions(request.max_output_len, request.sampling, job.model.eos_token_ids, keep_logits)
 
 
-def _tokenizer_dir(request: Request) -> Path | None:
+def _tokenizer_dir(request: Request, artifact: Artifact) -> Path | None:
     if request.tokenizer_dir is not None:
         if not request.tokenizer_dir.is_dir():
             raise UserError(f"--tokenizer_dir {request.tokenizer_dir}: no such folder")
         return request.tokenizer_dir
-    own = request.engine_dir / "tokenizer"
+    own = artifact.directory / "tokenizer"
     return own if own.is_dir() else None
 
 

@@ -21,20 +21,20 @@ from moecompiler.errors import UserError
 from moecompiler.quantization.recipe import QuantizationRecipe
 from moecompiler.quantized import formats_of, without
 from moecompiler.runtime.communicator import Communicator
-from moecompiler.runtime.mpi import world
 from moecompiler.runtime.outputs import check_writable
 from moecompiler.runtime.threads import run_in_threads
 from moecompiler.tools import options as opt
 from moecompiler.tools.backend import open_backend
 from moecompiler.tools.job import Job
 from moecompiler.tools.launched import run_launched
-from moecompiler.tools.run import together
 from moecompiler.tools.text import encode_text
+from moecompiler.tools.together import together
 
 if TYPE_CHECKING:
     from moecompiler.validation.validate import Report
 
 OUT_OF_TOLERANCE = 1
+_PATIENCE_SECONDS = 60.0  # of ranks that load PyTorch's modules, with Python's lock held
 
 
 @dataclass(frozen=True)
@@ -82,32 +82,35 @@ def validate(
     against_hf = hf and _fits(Job.of(artifact), notes)
     text_ids = encode_text(artifact, text, tokenizer_dir, notes)
     request = Request(directory, tuple(text_ids), tokens, against_hf, layers, seed)
-    communicator = world(os.environ)
     errors = Console(stderr=True)
-    with errors.status("comparing engines with PyTorch") if errors.is_terminal else nullcontext():
-        if communicator.world_size == 1:
-            report = run_in_threads(artifact.world_size, lambda each: validate_with(request, artifact, each))[0]
-        else:
-            report = _under_launcher(request, artifact, communicator)
-    if communicator.rank == 0:
-        for note in notes:
-            print(f"note: {note}", file=sys.stderr)
-        if output_json is not None:
-            write_json_atomic(output_json, report.to_json())
-        if as_json:
-            print(json.dumps(report.to_json(), indent=2))
-        else:
-            print_report(Console(), report)
-    return 0 if report.passed else OUT_OF_TOLERANCE
+
+    def whole(communicator: Communicator) -> Report:
+        with errors.status("comparing engines with PyTorch") if errors.is_terminal else nullcontext():
+            report = _validate(request, artifact, communicator)
+        if communicator.rank == 0:
+            for note in notes:
+                print(f"note: {note}", file=sys.stderr)
+            if output_json is not None:
+                write_json_atomic(output_json, report.to_json())
+            if as_json:
+                print(json.dumps(report.to_json(), indent=2))
+            else:
+                print_report(Console(), report)
+        return report
+
+    return 0 if run_launched(os.environ, whole, _PATIENCE_SECONDS).passed else OUT_OF_TOLERANCE
 
 
-def _under_launcher(request: Request, artifact: Artifact, communicator: Communicator) -> Report:
+def _validate(request: Request, artifact: Artifact, communicator: Communicator) -> Report:
+    """As this rank of ``mpirun``, or with all ranks as threads of this process."""
+    if communicator.world_size == 1:
+        return run_in_threads(artifact.world_size, lambda each: validate_with(request, artifact, each))[0]
     if communicator.world_size != artifact.world_size:
         raise UserError(
             f"{request.directory}: was compiled for {artifact.world_size} rank(s), but {communicator.world_size} run:"
             f" start it with `mpirun -n {artifact.world_size}`, or without mpirun"
         )
-    return run_launched(communicator, lambda: validate_with(request, artifact, communicator))
+    return validate_with(request, artifact, communicator)
 
 
 def validate_with(request: Request, artifact: Artifact, communicator: Communicator) -> Report:

@@ -20,6 +20,7 @@ SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 # PMIx (`prterun`, `srun --mpi=pmix`, `jsrun`) says the rank alone. SLURM's own variables prove nothing: they are also set in
 # the script of a batch job, which is one process.
 RANK_VARIABLE = "PMIX_RANK"
+RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", RANK_VARIABLE)
 
 _HEADER, _BODY = 1, 2  # message tags
 
@@ -55,6 +56,13 @@ class MpiCommunicator:
 
     def gather_objects(self, value: Any) -> list[Any]:
         return self._comm.allgather(value)
+
+    def second_channel(self) -> Any:
+        """A communicator (``mpi4py.MPI.Comm``) of all ranks for another thread, or None where MPI takes calls from one thread
+        alone; called by all ranks together."""
+        mpi = _mpi()
+        several = mpi.Query_thread() == mpi.THREAD_MULTIPLE
+        return self._comm.Dup() if all(self._comm.allgather(several)) else None
 
     def abort(self, status: int) -> None:
         """Ends all processes of the run (``MPI_Abort``); ``mpirun`` exits with ``status``."""
@@ -93,6 +101,11 @@ def world(environment: Mapping[str, str]) -> MpiCommunicator | Alone:
             f" {communicator.world_size}: launcher and library differ ({_library()}); use the mpirun beside {sys.executable}"
         )
     return communicator
+
+
+def launched_rank(environment: Mapping[str, str]) -> int | None:
+    """The rank that a launcher gave this process, before MPI is initialized; None without a launcher."""
+    return next((int(environment[name]) for name in RANK_VARIABLES if name in environment), None)
 
 
 def abort(communicator: Communicator, status: int) -> NoReturn:

@@ -66,7 +66,7 @@ class Output:
         for line in self.err.splitlines():
             if line.startswith("-----"):
                 by_launcher = not by_launcher
-            elif line.strip() and not by_launcher and not _LAUNCHERS_NOISE.match(line):
+            elif line.strip(" \0") and not by_launcher and not _LAUNCHERS_NOISE.match(line):
                 lines.append(line)
         return lines
 
