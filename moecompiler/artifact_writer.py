@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -23,6 +24,8 @@ from moecompiler.atomic import (
 )
 from moecompiler.errors import UserError
 from moecompiler.manifest import LOCK, MANIFEST, Manifest, RankRecord, check_name
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, in the user's share of it, or in a file
 
 
 class ArtifactWriter:
@@ -151,7 +154,7 @@ def writing(directory: str | Path, stage: str, world_size: int, header: dict[str
     When the block raises, what was committed stays, to be resumed, and temporary files go; a directory that was made
     here and got nothing goes too.
     Raises: UserError where the directory cannot be made, holds files that are not ours, another stage, or an artifact of
-    another version, or another process is writing there.
+    another version, another process is writing there, or the disk is full.
     """
     directory = Path(directory)
     with ExitStack() as stack:
@@ -172,8 +175,16 @@ def writing(directory: str | Path, stage: str, world_size: int, header: dict[str
         writer = ArtifactWriter(directory, stage, world_size, header)
         remove_leftovers(directory)
         stack.callback(remove_leftovers, directory)
-        yield writer
-        writer.finish()
+        try:
+            yield writer
+            writer.finish()
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise UserError(
+                f"{error.filename or directory}: cannot be written: {error.strerror}; make room and run the same command again,"
+                " which goes on with what is missing"
+            ) from None
 
 
 def _refuse_foreign(directory: Path) -> None:

@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ MAX_HEADER = 100_000_000  # as in the format's own reader: no model needs more, 
 PAGE = 4096  # where data starts in the files written here, so that it can be mapped by itself
 ALIGNMENT = 64  # what vector loads of a weight like best
 CHUNK = 16 << 20  # bytes hashed and written at a time
+_SPARSE = 16  # a box of less than this part of the bytes between its ends is read where it is touched alone
 
 # the format's name of a dtype → ours (numpy's or ml_dtypes') and its size in bits
 _DTYPES: dict[str, tuple[str, int]] = {
@@ -180,6 +183,23 @@ def map_tensor(stored: StoredTensor) -> np.ndarray:
     except (OSError, ValueError) as error:
         raise UserError(f"{stored.file}: {stored.name} cannot be read from it any more: {error}") from None
     return mapped.view(np.ndarray)
+
+
+def read_ahead(stored: StoredTensor, start: Shape, shape: Shape) -> None:
+    """Has the system fetch the box of ``shape`` at ``start`` that is about to be read through ``map_tensor``: page by page, as it
+    is touched, a box that is not one run of bytes would come at a fraction of a disk's speed. Sparse boxes are left alone."""
+    size = math.prod(shape)
+    if size == 0 or not hasattr(os, "posix_fadvise"):
+        return
+    itemsize = stored.nbytes // math.prod(stored.shape)
+    strides = [math.prod(stored.shape[axis + 1 :]) for axis in range(len(stored.shape))]
+    first = sum(a * stride for a, stride in zip(start, strides, strict=True))
+    span = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    if size * _SPARSE < span:
+        return
+    with suppress(OSError), stored.file.open("rb", buffering=0) as file:
+        at, count = stored.offset + first * itemsize, span * itemsize
+        os.posix_fadvise(file.fileno(), at, count, os.POSIX_FADV_WILLNEED)
 
 
 def layout(

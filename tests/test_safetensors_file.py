@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from moecompiler import safetensors_file
 from moecompiler.errors import UserError
-from moecompiler.safetensors_file import StoredTensor, layout, map_tensor, numpy_dtype, read_header, write
+from moecompiler.safetensors_file import StoredTensor, layout, map_tensor, numpy_dtype, read_ahead, read_header, write
 
 TORCH_DTYPES = {
     "float32": torch.float32,
@@ -274,3 +274,14 @@ def test_stored_tensor_is_found_by_its_offset(tmp_path: Path) -> None:
     assert stored == StoredTensor(tmp_path / "x", "x", "bfloat16", (8, 8), 4096, 128)
     raw = (tmp_path / "x").read_bytes()[stored.offset :][: stored.nbytes]
     np.testing.assert_array_equal(np.frombuffer(raw, ml_dtypes.bfloat16).reshape(8, 8), value)
+
+
+def test_what_is_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes from the box's first to its last element; nothing where most of them are not wanted."""
+    write(tmp_path / "x.safetensors", {"x": ("float16", (64, 100))}, lambda _: np.zeros((64, 100), np.float16))
+    stored = read_header(tmp_path / "x.safetensors")["x"]
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr("os.posix_fadvise", lambda _, at, count, advice: asked.append((at - stored.offset, count)))
+    for start, shape in (((0, 0), (64, 100)), ((3, 10), (2, 50)), ((0, 0), (64, 1)), ((0, 0), (0, 100))):
+        read_ahead(stored, start, shape)
+    assert asked == [(0, 12800), (2 * 310, 2 * 150)]

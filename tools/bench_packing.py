@@ -65,7 +65,7 @@ def layers_for(config: ModelConfig, least: int) -> ModelConfig:
 def fill(directory: Path) -> None:
     """Gives the sparse files of a checkpoint numbers: a block of normal ones, again and again."""
     numbers = np.random.default_rng(0).normal(0, 0.02, _BLOCK // 4).astype(np.float32)
-    block = memoryview((numbers.view(np.uint32) >> 16).astype(np.uint16)).cast("B")  # bfloat16
+    block = memoryview((numbers.view(np.uint32) >> 16).astype(np.uint16).tobytes())  # bfloat16
     for path in sorted(directory.glob("*.safetensors")):
         with path.open("r+b", buffering=0) as file:
             at = 8 + int.from_bytes(file.read(8), "little")
