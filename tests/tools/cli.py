@@ -125,15 +125,15 @@ def started(words: list[str], folder: Path) -> Iterator[psutil.Popen]:
         process.wait()
 
 
-def ranks_of(launcher: psutil.Popen) -> dict[int, psutil.Process]:
-    """The ranks' processes below ``mpirun``, by rank."""
+def ranks_of(launcher: psutil.Popen, program: str = "moecompiler") -> dict[int, psutil.Process]:
+    """The ranks' processes below ``mpirun``, by rank; ``program``: what their words tell them by."""
     found: dict[int, psutil.Process] = {}
     for child in launcher.children(recursive=True):
         try:
             variables, words = child.environ(), child.cmdline()
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
-        if "OMPI_COMM_WORLD_RANK" in variables and any("moecompiler" in word for word in words):
+        if "OMPI_COMM_WORLD_RANK" in variables and any(program in word for word in words):
             found[int(variables["OMPI_COMM_WORLD_RANK"])] = child
     return found
 
