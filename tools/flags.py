@@ -57,6 +57,13 @@ class QuantizationFlags:
     kv_cache_dtype: quant.KVCacheDTypeOption = quant.KVCacheDType.auto
     use_fp8_context_fmha: quant.UseFp8ContextFmha = quant.Switch.disable
 
+    @property
+    def cache_dtype(self) -> quant.KVCacheDType:
+        """Of the KV cache. That of NVFP4 models is FP8, as NVIDIA publishes them, if nothing else is asked for."""
+        told = self.kv_cache_dtype
+        fp8 = self.qformat is quant.QFormat.nvfp4 and told is quant.KVCacheDType.auto
+        return quant.KVCacheDType.fp8 if fp8 else told
+
 
 @dataclass(frozen=True)
 class CalibrationFlags:

@@ -20,7 +20,6 @@ from moecompiler.quantization.published_config import load_published_config
 from moecompiler.quantization.recipe import QuantizationRecipe
 from moecompiler.quantization.schemes import Format
 from moecompiler.tools.flags import QuantizationFlags
-from moecompiler.tools.quantization_options import KVCacheDType, QFormat
 
 LARGEST = {Format.E4M3: 448.0, Format.INT8: 127.0}
 
@@ -32,17 +31,14 @@ def with_cache(
     source: JsonObject[str, Any],
     measure: Callable[[], Calibration] | None = None,
 ) -> QuantizationRecipe | None:
-    """``recipe``, with the cache that the options ask for; as it is where they ask for none. With ``--qformat nvfp4`` it is FP8,
-    as NVIDIA publishes such models, if they say nothing else. FP8 attention in prefill may be asked for of the FP8 cache that
-    ``recipe`` has.
+    """``recipe``, with the cache that the options ask for; as it is where they ask for none. FP8 attention in prefill may be
+    asked for of the FP8 cache that ``recipe`` has.
 
     Scales are those of ``--scales``, else those that the checkpoint has, else measured. An FP8 cache whose scales nobody knows
     has scales of 1, as TensorRT-LLM's.
     Raises: UserError where options contradict each other, or scales are missing or of another model.
     """
-    if flags.qformat is QFormat.nvfp4 and flags.kv_cache_dtype is KVCacheDType.auto:
-        flags = replace(flags, kv_cache_dtype=KVCacheDType.fp8)
-    form = CACHE_FORMATS.get(flags.kv_cache_dtype)
+    form = CACHE_FORMATS.get(flags.cache_dtype)
     context = flags.use_fp8_context_fmha == "enable"
     told = recipe.cache if recipe is not None else None
     if context and form is None and recipe is not None and told is not None and told.format is Format.E4M3:
@@ -64,7 +60,7 @@ def _calibration(
     form: Format,
     measure: Callable[[], Calibration] | None,
 ) -> Calibration | None:
-    option = f"--kv_cache_dtype {flags.kv_cache_dtype}"
+    option = f"--kv_cache_dtype {flags.cache_dtype}"
     if flags.scales is not None:
         found = read_scales(flags.scales, config)
         if "model_fingerprint" in found.header:

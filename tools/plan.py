@@ -92,7 +92,7 @@ def _load(
     step = max(MAX_NUM_TOKENS, slots) if max_num_tokens is None else max_num_tokens
     name = config.dtype if dtype == "auto" else dtype.value
     load = Load(name, recipe_from_flags(quantization), batch=batch, slots=slots, step_tokens=step)
-    codes = quantization.kv_cache_dtype != "auto" or quantization.qformat is quant.QFormat.nvfp4
+    codes = quantization.cache_dtype is not quant.KVCacheDType.auto
     return replace(load, cache_bytes=1 if codes else load.itemsize)
 
 

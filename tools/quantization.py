@@ -28,7 +28,7 @@ from moecompiler.quantization.schemes import Format, WeightScheme
 from moecompiler.quantized import Mixed, scheme_for
 from moecompiler.sharding import recipe_for
 from moecompiler.tools.flags import QuantizationFlags
-from moecompiler.tools.quantization_options import QFormat
+from moecompiler.tools.quantization_options import KVCacheDType, QFormat
 
 Source = JsonObject[str, Any]  # the identity of a checkpoint, see ``checkpoint.Source.identity``
 Measure = Callable[[], Calibration]
@@ -146,7 +146,7 @@ def with_scales(
     """
     wanting = wanting_scales(recipe, config)
     if not wanting:
-        if flags.scales is not None and flags.kv_cache_dtype == "auto":
+        if flags.scales is not None and flags.cache_dtype is KVCacheDType.auto:
             raise UserError(f"--scales {flags.scales}: goes with --qformat fp8; {where} asks for no FP8")
         return recipe
     if flags.scales is not None:
