@@ -30,6 +30,7 @@ from moecompiler.runtime.threads import run_in_threads
 from moecompiler.runtime.watchdog import PATIENCE_SECONDS
 from moecompiler.tools import options as opt
 from moecompiler.tools.engine_dirs import directory_of, open_engines
+from moecompiler.tools.expert_load import RankLoad, check_backend, measure_load
 from moecompiler.tools.job import Job
 from moecompiler.tools.launched import run_launched
 from moecompiler.tools.run import load_rank, share_of_cores
@@ -71,6 +72,16 @@ class Request:
     sampling: SamplingOptions
     threads: int
     check_hashes: bool
+    expert_load: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one run of ``bench``. ``loads``: by case, each rank's share of the tokens, where that is asked for."""
+
+    artifact: Artifact
+    figures: list[Figures]
+    loads: list[list[RankLoad]]
 
 
 def bench(
@@ -89,6 +100,9 @@ def bench(
     check_hashes: Annotated[
         bool, typer.Option("--check_hashes/--no_check_hashes", help="Compare files with the manifest.")
     ] = True,
+    expert_load: Annotated[
+        bool, typer.Option("--expert_load", help="Also count the tokens of each rank's experts (backend onnxruntime).")
+    ] = False,
     watchdog_s: opt.WatchdogS = PATIENCE_SECONDS,
     output_json: Annotated[Path | None, typer.Option("--output_json", help="Also write the figures here.")] = None,
     as_json: opt.Json = False,
@@ -101,12 +115,12 @@ def bench(
     ]
     cases = tuple(Case(*sizes) for sizes in product(*lists))
     sampling = SamplingOptions(temperature, top_k, top_p, seed)
-    request = Request(engine_dir, cases, runs, warmup, sampling, threads, check_hashes)
+    request = Request(engine_dir, cases, runs, warmup, sampling, threads, check_hashes, expert_load)
 
     def rank(communicator: Communicator) -> None:
-        artifact, results = bench_engines(request, communicator)
+        measured = bench_engines(request, communicator)
         if communicator.rank == 0:
-            _report(artifact, results, output_json, as_json)
+            _report(measured, output_json, as_json)
 
     if in_process:
         here = places_of([platform.node()])[0]
@@ -118,10 +132,10 @@ def bench(
 
 def bench_rank(request: Request, communicator: Communicator) -> list[Figures]:
     """As ``bench_engines``, the figures alone."""
-    return bench_engines(request, communicator)[1]
+    return bench_engines(request, communicator).figures
 
 
-def bench_engines(request: Request, communicator: Communicator) -> tuple[Artifact, list[Figures]]:
+def bench_engines(request: Request, communicator: Communicator) -> Measured:
     """One rank's part: its engines and the figures. Raises: UserError, on every rank, where any rank cannot do what is asked."""
     artifact, place = open_engines(request.engine_dir, communicator)
     job = Job.of(artifact)
@@ -130,6 +144,8 @@ def bench_engines(request: Request, communicator: Communicator) -> tuple[Artifac
             f"{artifact.directory}: was compiled for {job.mapping.world_size} rank(s), but {communicator.world_size} run:"
             f" start it with `mpirun -n {job.mapping.world_size}`, or with --in_process"
         )
+    if request.expert_load:
+        check_backend(artifact)
     threads = request.threads or share_of_cores(communicator)
 
     def load() -> StageSession:
@@ -138,7 +154,13 @@ def bench_engines(request: Request, communicator: Communicator) -> tuple[Artifac
     with closing(together(communicator, load)) as session:
         for case in request.cases:
             _check_case(case, session, communicator, job.mapping)
-        return artifact, [_measure(case, request, session, communicator, job.mapping) for case in request.cases]
+        vocab_size = session.vocab_size
+        figures = [_measure(case, request, session, communicator, job.mapping) for case in request.cases]
+    loads = []
+    for case in request.cases if request.expert_load else ():
+        prompts, options = _prompts(case, request, vocab_size), GenerationOptions(case.output_len, request.sampling)
+        loads.append(measure_load(artifact, communicator, threads, prompts, options))
+    return Measured(artifact, figures, loads)
 
 
 def _check_case(case: Case, session: StageSession, communicator: Communicator, mapping: Mapping) -> None:
@@ -163,8 +185,7 @@ def _measure(
     case: Case, request: Request, session: StageSession, communicator: Communicator, mapping: Mapping
 ) -> Figures:
     """Runs a case ``warmup + runs`` times; no token ends a sequence early."""
-    rng = np.random.default_rng(request.sampling.seed)
-    prompts = rng.integers(0, session.vocab_size, (case.batch_size, case.input_len)).tolist()
+    prompts = _prompts(case, request, session.vocab_size)
     options = GenerationOptions(case.output_len, request.sampling)
     first: list[float] = []
     whole: list[float] = []
@@ -187,6 +208,12 @@ def _measure(
     )
 
 
+def _prompts(case: Case, request: Request, vocab_size: int) -> list[list[int]]:
+    rng = np.random.default_rng(request.sampling.seed)
+    prompts: list[list[int]] = rng.integers(0, vocab_size, (case.batch_size, case.input_len)).tolist()
+    return prompts
+
+
 def _numbers(text: str, option: str) -> list[int]:
     """``1,8,32``. Raises: UserError where it is no list of positive whole numbers."""
     try:
@@ -198,7 +225,8 @@ def _numbers(text: str, option: str) -> list[int]:
     return numbers
 
 
-def _report(artifact: Artifact, results: Sequence[Figures], output_json: Path | None, as_json: bool) -> None:
+def _report(measured: Measured, output_json: Path | None, as_json: bool) -> None:
+    artifact, results = measured.artifact, measured.figures
     data: dict[str, Any] = {
         "backend": artifact.header.get("backend"),
         "runtime": artifact.header.get("runtime"),
@@ -206,6 +234,8 @@ def _report(artifact: Artifact, results: Sequence[Figures], output_json: Path | 
         "dtype": artifact.header["export"]["dtype"],
         "figures": [asdict(each) for each in results],
     } | {key: artifact.header[key] for key in ("made",) if key in artifact.header}
+    if measured.loads:
+        data["expert_load"] = [[asdict(each) for each in loads] for loads in measured.loads]
     if output_json is not None:
         try:
             output_json.write_text(json.dumps(data, indent=2) + "\n")
@@ -223,4 +253,16 @@ def _report(artifact: Artifact, results: Sequence[Figures], output_json: Path | 
             f"{each.decode_tokens_per_s:.1f}",
             f"{each.total_tokens_per_s:.1f}",
         )
+    Console().print(table)
+    for figures, loads in zip(results, measured.loads, strict=False):
+        _print_loads(figures, loads)
+
+
+def _print_loads(case: Figures, loads: Sequence[RankLoad]) -> None:
+    title = f"tokens of experts, batch {case.batch_size}, {case.input_len} in, {case.output_len} out"
+    table = Table("rank", "experts", "tokens", "of each", "imbalance", title=title, title_justify="left")
+    for each in loads:
+        first, last = each.experts
+        of_each = " ".join(map(str, each.per_expert))
+        table.add_row(str(each.rank), f"{first}-{last}", str(each.tokens), of_each, f"{each.imbalance:.2f}")
     Console().print(table)

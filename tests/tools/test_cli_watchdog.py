@@ -20,11 +20,9 @@ WATCHDOG_S = 1.5
 # which rank, when, how, and what is said of it
 FAILURES = [
     (1, "load", "kill", "signal 9"),
-    (0, "load", "memory", "rank 0 on {host} failed: MemoryError('out of memory'); ending all ranks"),
-    (1, "prefill", "memory", "rank 1 on {host} failed: MemoryError('out of memory'); ending all ranks"),
+    (1, "load", "memory", "rank 1 on {host} failed: MemoryError('out of memory'); ending all ranks"),
     (0, "prefill", "stop", "rank 0 on {host} has given no sign of life for"),
     (1, "decode", "hang", "rank 1 on {host} hangs: it has done nothing for"),
-    (1, "collective", "stop", "rank 1 on {host} has given no sign of life for"),
     (0, "collective", "kill", "signal 9"),
 ]
 
