@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +11,9 @@ import numpy as np
 from moecompiler.materializing import Materializer
 from moecompiler.quantization.packing import pack_bytes
 from moecompiler.safetensors_file import write
-from moecompiler.weights import Recipe, Shape, TensorReader
+from moecompiler.weights import Piece, Recipe, Shape, TensorReader
+
+BAND = 64 << 20  # bytes of a large weight that are made at a time
 
 
 def tensors_of(recipes: Mapping[str, Recipe]) -> dict[str, tuple[str, Shape]]:
@@ -29,6 +31,32 @@ def stored(recipe: Recipe, array: np.ndarray) -> np.ndarray:
         return array
     numbers = array.reshape(-1)
     return pack_bytes(np.pad(numbers, (0, 1)) if array.size % 2 else numbers)
+
+
+def bands(recipe: Recipe, nbytes: int) -> Iterator[Recipe]:
+    """A tensor of boxes cut along its first axis into bands of about ``nbytes``, at least a row each. Where that axis is another
+    of a source's, which then would be read again for every band, the tensor is the only band."""
+    rows = recipe.shape[0] if recipe.shape else 1
+    each = max(1, nbytes * rows // max(1, recipe.nbytes))
+    if each >= rows or any(piece.perm[0] != 0 for piece in recipe.pieces):
+        yield recipe
+        return
+    for first in range(0, rows, each):
+        count = min(each, rows - first)
+        pieces = tuple(cut for piece in recipe.pieces if (cut := _within(piece, first, count)) is not None)
+        yield Recipe(recipe.dtype, (count, *recipe.shape[1:]), pieces)
+
+
+def _within(piece: Piece, first: int, count: int) -> Piece | None:
+    """What of a piece lies in rows ``first`` to ``first + count``, counted from the first of them; None: nothing."""
+    low, high = max(first, piece.at[0]), min(first + count, piece.at[0] + piece.extent[0])
+    if low >= high:
+        return None
+    start, shape = piece.start, piece.shape
+    if len(shape) == len(piece.at):  # else the axis is one that the box has not, of size 1
+        start = (start[0] + low - piece.at[0], *start[1:])
+        shape = (high - low, *shape[1:])
+    return Piece(piece.source, start, shape, (low - first, *piece.at[1:]), piece.perm)
 
 
 def pack(
@@ -52,7 +80,10 @@ def pack(
 
     tensors = Materializer(reader)
 
-    def tensor(recipes: Mapping[str, Recipe], name: str) -> np.ndarray:
-        return stored(recipes[name], tensors.tensor(recipes[name]))
+    def tensor(recipes: Mapping[str, Recipe], name: str) -> np.ndarray | Iterator[np.ndarray]:
+        recipe = recipes[name]
+        if recipe.is_boxes and recipe.nbytes > BAND:
+            return (tensors.tensor(band) for band in bands(recipe, BAND))
+        return stored(recipe, tensors.tensor(recipe))
 
     return [write(path, tensors_of(recipes), partial(tensor, recipes), advance) for path, recipes in parts]

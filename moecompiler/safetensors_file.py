@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -239,11 +239,12 @@ def layout(
 def write(
     path: Path,
     tensors: Mapping[str, tuple[str, Shape]],
-    produce: Callable[[str], np.ndarray],
+    produce: Callable[[str], np.ndarray | Iterable[np.ndarray]],
     progress: Callable[[int], None] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> str:
-    """Writes the file, asking ``produce(name)`` for one tensor at a time, and returns its SHA-256 in hex.
+    """Writes the file, asking ``produce(name)`` for one tensor at a time, and returns its SHA-256 in hex. A tensor may come in
+    bands of its first axis, of which the next is made while one is written.
 
     ``progress`` is called with the number of bytes just written. ``path`` is overwritten in place: give a temporary name.
     Raises: UserError where the file cannot be written; ValueError where ``produce`` gives another dtype or shape.
@@ -251,11 +252,17 @@ def write(
     header, offsets, _ = layout(tensors, metadata)
     digest = hashlib.sha256()
 
-    def checked(name: str) -> memoryview:
-        array, (dtype, shape) = produce(name), tensors[name]
-        if array.dtype != numpy_dtype(dtype) or array.shape != tuple(shape):
-            raise ValueError(f"{name}: produced {array.dtype} {array.shape} for {dtype} {shape}")
-        return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    def checked(name: str) -> Iterator[memoryview]:
+        made, (dtype, shape) = produce(name), tensors[name]
+        rows = 0
+        for array in (made,) if isinstance(made, np.ndarray) else made:
+            fits = array.shape == tuple(shape) if array is made else array.shape[1:] == tuple(shape[1:])
+            if array.dtype != numpy_dtype(dtype) or not fits:
+                raise ValueError(f"{name}: produced {array.dtype} {array.shape} for {dtype} {shape}")
+            rows += len(array) if shape else 1
+            yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        if rows != (shape[0] if shape else 1):
+            raise ValueError(f"{name}: produced {rows} rows for {dtype} {shape}")
 
     def put(data: memoryview) -> None:
         at = 0
@@ -278,8 +285,13 @@ def write(
         file = path.open("wb", buffering=0)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
-    with file, ThreadPoolExecutor(1) as hashing:
+    with file, ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as making:
         put(memoryview(header))
         for name in offsets:
-            put(checked(name))  # not bound to a name, so it is freed before the next is made
+            bands = checked(name)
+            upcoming = making.submit(next, bands, None)
+            while (band := upcoming.result()) is not None:
+                upcoming = making.submit(next, bands, None)
+                put(band)
+            del band  # a tensor is freed before the next is made
     return digest.hexdigest()

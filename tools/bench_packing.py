@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +32,15 @@ MAPPINGS = {
     "tp8": MappingFlags(tp_size=8),
     "ep8": MappingFlags(tp_size=8, moe_ep_size=8),
 }
+REPEATS = 2
 _BLOCK = 64 << 20
 
 
 @dataclass(frozen=True)
 class Packing:
     """``packed_bytes`` of all ranks' files in ``seconds``, and ``cp`` of these files in ``cp_seconds``. ``cached``: whether the
-    page cache held what was read. ``plain_seconds``: the same export without packing, which is not counted."""
+    page cache held what was read. ``plain_seconds``: the same export without packing, which is not counted. All are the
+    least of ``REPEATS``, taken in turns: a shared disk's speed varies several times over from one minute to the next."""
 
     mapping: str
     cached: bool
@@ -101,16 +104,23 @@ def _measure(mapping: str, flags: MappingFlags, cached: bool, checkpoint: Path, 
     run_export(job, work / "plain", WorkFlags())  # imports what export needs
     shutil.rmtree(work / "plain")
     plain = _seconds(lambda: run_export(job, work / "plain", WorkFlags()))
-    _keep_or_drop(shards, cached)
-    both = _seconds(lambda: run_export(job, work / "packed", WorkFlags(workers=workers), pack_weights=True))
-    artifact = Artifact.open(work / "packed")
-    files = [artifact.path(f"rank{rank}.safetensors") for rank in artifact.ranks]
-    _keep_or_drop(files, cached)
-    (work / "copy").mkdir()
-    copying = _seconds(lambda: _copy(files, work / "copy"))
-    size = sum(path.stat().st_size for path in files)
+    packing, copying, size = [], [], 0
+    for _ in range(REPEATS):
+        os.sync()
+        _keep_or_drop(shards, cached)
+        both = _seconds(lambda: run_export(job, work / "packed", WorkFlags(workers=workers), pack_weights=True))
+        packing.append(both - plain)
+        artifact = Artifact.open(work / "packed")
+        files = [artifact.path(f"rank{rank}.safetensors") for rank in artifact.ranks]
+        size = sum(path.stat().st_size for path in files)
+        os.sync()
+        _keep_or_drop(files, cached)
+        (work / "copy").mkdir()
+        copying.append(_seconds(partial(_copy, files, work / "copy")))
+        for done in ("packed", "copy"):
+            shutil.rmtree(work / done)
     shutil.rmtree(work)
-    return Packing(mapping, cached, workers, size, both - plain, copying, plain)
+    return Packing(mapping, cached, workers, size, min(packing), min(copying), plain)
 
 
 def _copy(files: Iterable[Path], to: Path) -> None:
