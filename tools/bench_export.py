@@ -123,14 +123,14 @@ HEAD = (
 )
 
 
-def measure_all(output: Path, models: Sequence[str], workers: Sequence[int]) -> list[Row]:
+def measure_all(output: Path, models: Sequence[str], mappings: Sequence[str], workers: Sequence[int]) -> list[Row]:
     """A row for one rank alone, and one for all ranks with each number of ``workers``, printed as they are made."""
     rows = []
     print(HEAD, flush=True)
     for model in models:
         checkpoint = output / f"sparse-{model}"
         weights = write_sparse_checkpoint(PRESETS[model], checkpoint)
-        for mapping in MAPPINGS:
+        for mapping in mappings:
             for count, rank in [(1, 0), *((each, None) for each in workers)]:
                 row = measure(model, mapping, checkpoint, count, output / "work", weights, rank)
                 rows.append(row)
@@ -143,13 +143,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="Where results go; it is emptied.")
     parser.add_argument("--models", nargs="+", choices=sorted(PRESETS), default=sorted(PRESETS, reverse=True))
+    parser.add_argument("--mappings", nargs="+", choices=list(MAPPINGS), default=list(MAPPINGS))
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--only", choices=("export", "packing"))
     parser.add_argument("--packing_config", default="8x7b", help="Of the model one layer of which is packed.")
     options = parser.parse_args(arguments)
     shutil.rmtree(options.output, ignore_errors=True)
     options.output.mkdir(parents=True)
-    rows = measure_all(options.output, options.models, options.workers) if options.only != "packing" else []
+    rows = (
+        measure_all(options.output, options.models, options.mappings, options.workers)
+        if options.only != "packing"
+        else []
+    )
     packing = measure_packing(options.packing_config, options.output) if options.only != "export" else []
     machine = {
         "date": date.today().isoformat(),
