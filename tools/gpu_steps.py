@@ -126,12 +126,12 @@ def _quantized_tests() -> Iterator[Step]:
         "quantized_kernels": ("Int8 or Fp8", "Nvfp4", "Asymmetric"),
         "quantized_linear": ("Int8 or Fp8", "Nvfp4", "Asymmetric"),
         "quantized_cache": ("int8", "fp8_context"),
-        "grouped_codes": ("int8 or nvfp4", "asymmetric"),
-        "grouped_fp8": ("test_linear", "bfloat16"),
+        "grouped_codes_gpu": ("int8 or nvfp4", "asymmetric"),
+        "grouped_fp8_gpu": ("test_linear", "bfloat16"),
     }
     for file, words in parts.items():
         for index, which in enumerate(split(words)):
-            name = f"q-{file.removeprefix('quantized_').replace('_', '-')}-{index}"
+            name = f"q-{file.removeprefix('quantized_').removesuffix('_gpu').replace('_', '-')}-{index}"
             yield Step(name, OF_CODES, (*_PYTEST, f"tests/gpu/test_{file}.py", "-k", which), 200)
 
 

@@ -80,4 +80,4 @@ def test_the_page_has_every_kind_of_command() -> None:
     assert text.count("convert_checkpoint.py --model_dir") == 7
     assert text.count("quantize.py --model_dir") == 2
     assert text.count("trtllm-build --checkpoint_dir") == 9
-    assert len(runnable_commands()) == 17
+    assert len(runnable_commands()) == 19
