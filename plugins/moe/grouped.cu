@@ -1,110 +1,11 @@
 // Experts on many tokens, for SM 9.0: persistent grouped matrix products over rows sorted by expert.
 //
-// The weights are the left operand and the tokens the right one, whose width may be any multiple of 16: an expert's rows are cut
-// into equal tiles of at most 288, and little is computed in vain whatever their number. One warp fetches weights by the copy
-// engine and one tokens, each into a ring of its own, so that neither waits for the other's stages. Two warpgroups multiply 64
-// rows of weights each. Tiles of wide experts come first.
-//
 // Macros: HIDDEN, INTERMEDIATE, LOCAL experts, ELEMENT_IS_BFLOAT16. Shapes: R rows, H hidden, F intermediate, L local experts.
 
-#include "wgmma.cuh"
+constexpr int COLUMNS = 64;  // of a step
+constexpr int WIDEST = 288;  // tokens in a tile
 
-constexpr int ROWS = 128;      // of weights in a tile
-constexpr int COLUMNS = 64;    // of a step
-constexpr int WIDEST = 288;    // tokens in a tile
-constexpr int BOX = 32;        // tokens that are fetched at once
-constexpr int WEIGHT_BYTES = ROWS * COLUMNS * 2;
-constexpr int BOX_BYTES = BOX * COLUMNS * 2;
-constexpr int GROUP_OUT_BYTES = 8192;  // a warpgroup's results on their way to memory
-constexpr int RING_BYTES = 212992;     // of weights and tokens
-constexpr int MOST_STAGES = 10;
-constexpr int CONSUMERS = 8;  // warps
-
-struct Experts {  // with rows here, those with the widest tiles first
-  int expert[LOCAL], row[LOCAL], count[LOCAL], tiles[LOCAL], width[LOCAL], first[LOCAL + 1];
-};
-
-struct Ring {
-  uint64_t full[MOST_STAGES], empty[MOST_STAGES];
-};
-
-struct Shared {
-  Ring weights, tokens;
-  Experts experts;
-};
-
-// A ring as one warp goes through it.
-struct Cursor {
-  uint32_t full, empty, memory, bytes;
-  int stages, stage;
-  uint32_t parity;
-  __forceinline__ uint32_t full_barrier() const { return full + 8 * stage; }
-  __forceinline__ uint32_t empty_barrier() const { return empty + 8 * stage; }
-  __forceinline__ uint32_t address() const { return memory + stage * bytes; }
-  __forceinline__ void next() {
-    if (++stage == stages) stage = 0, parity ^= 1;
-  }
-};
-
-struct Rings {
-  Cursor weights, tokens;
-};
-
-// If the widest tile has `width` tokens: as many stages of them as leave room for as many of weights. A stage of tokens is on its
-// way for longer than a step takes, though the cache has it.
-__forceinline__ Rings make_rings(Shared& shared, uint32_t memory, int width) {
-  int bytes = (width + BOX - 1) / BOX * BOX_BYTES, tokens = min(MOST_STAGES, RING_BYTES / (bytes + WEIGHT_BYTES));
-  int weights = min(MOST_STAGES, (RING_BYTES - tokens * bytes) / WEIGHT_BYTES);
-  return {{shared_address(shared.weights.full), shared_address(shared.weights.empty), memory, WEIGHT_BYTES, weights, 0, 0},
-          {shared_address(shared.tokens.full), shared_address(shared.tokens.empty), memory + weights * WEIGHT_BYTES,
-           uint32_t(bytes), tokens, 0, 0}};
-}
-
-struct Tile {
-  int expert, column, row, count, width, tiles;  // column: of tiles; row: the first one; count: rows that are the expert's
-};
-
-// A program's tile of a turn. Every other turn runs backwards: who had a wide tile gets a narrow one.
-__forceinline__ int tile_index(int turn) {
-  return turn * gridDim.x + (turn % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-}
-
-__forceinline__ Tile locate(const Experts& experts, int index) {
-  int s = 0;
-  while (s + 1 < LOCAL && experts.first[s + 1] <= index) s++;
-  int inside = index - experts.first[s], tiles = experts.tiles[s], width = experts.width[s];
-  int before = inside % tiles * width;
-  return {experts.expert[s], inside / tiles, experts.row[s] + before, min(width, experts.count[s] - before), width, tiles};
-}
-
-// Few tokens wait for memory, not for products: so their tiles are of fewer widths.
-__forceinline__ int tile_width(int tokens) {
-  int step = tokens <= 16 || tokens > 128 ? 16 : 32;
-  return (tokens + step - 1) / step * step;
-}
-
-// One thread: which expert's tiles come where; `column_tiles` for each tile of rows.
-__forceinline__ void plan(Experts& experts, const int* totals, int column_tiles) {
-  int row = 0;
-  for (int e = 0; e < LOCAL; e++) {
-    int count = totals[e], tiles = (count + WIDEST - 1) / WIDEST;
-    int width = tiles ? tile_width((count + tiles - 1) / tiles) : 0;
-    int s = e;
-    for (; s > 0 && experts.width[s - 1] < width; s--) {
-      experts.expert[s] = experts.expert[s - 1];
-      experts.row[s] = experts.row[s - 1];
-      experts.count[s] = experts.count[s - 1];
-      experts.tiles[s] = experts.tiles[s - 1];
-      experts.width[s] = experts.width[s - 1];
-    }
-    experts.expert[s] = e, experts.row[s] = row, experts.count[s] = count, experts.tiles[s] = tiles, experts.width[s] = width;
-    row += count;
-  }
-  experts.first[0] = 0;
-  for (int s = 0; s < LOCAL; s++) experts.first[s + 1] = experts.first[s] + experts.tiles[s] * column_tiles;
-}
-
-__forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+#include "grouped.cuh"
 
 // The up product's results: of each warp, sums of 8 rows of gate and, 8 below, of up. `first`: the tile's token of `d`.
 template <int N>
@@ -134,39 +35,12 @@ __forceinline__ void write_up(float (&d)[N / 2], int first, uint32_t out, uint16
   }
 }
 
-template <int N>
-__forceinline__ void write_down(float (&d)[N / 2], int first, uint32_t out, uint16_t* results, const Tile& tile, int group,
-                       int thread) {
-  constexpr int TOKENS = 64;  // at a time
-  int warp = thread / 32, lane = thread % 32;
-  int chunk = thread % 8, column = tile.column * ROWS + group * 64 + chunk * 8;
-#pragma unroll
-  for (int part = 0; part < N; part += TOKENS) {
-    named_sync(1 + group, 128);
-#pragma unroll
-    for (int j = 0; j < TOKENS; j += 16) {
-      if (part + j < N) {
-        constexpr int LAST = N / 2 - 8;
-        int s = part / 2 + j / 2 < LAST ? part / 2 + j / 2 : LAST, token = j + lane / 16 * 8 + lane % 8;
-        store_transposed(out + token * 128 + ((2 * warp + lane / 8 % 2) ^ (token & 7)) * 16, to_pair(d[s], d[s + 1]),
-                         to_pair(d[s + 2], d[s + 3]), to_pair(d[s + 4], d[s + 5]), to_pair(d[s + 6], d[s + 7]));
-      }
-    }
-    named_sync(1 + group, 128);
-    if (column < HIDDEN)
-      for (int token = thread / 8; token < min(min(TOKENS, N - part), tile.count - first - part); token += 16) {
-        Chunk values = load_shared(out + token * 128 + (chunk ^ (token & 7)) * 16);
-        *reinterpret_cast<Chunk*>(results + int64_t(tile.row + first + part + token) * HIDDEN + column) = values;
-      }
-  }
-}
-
 template <bool UP, int N>
 __forceinline__ void write(float (&d)[N / 2], int first, uint32_t out, uint16_t* y, const Tile& tile, int group, int thread) {
   if constexpr (UP)
     write_up<N>(d, first, out, y, tile, group, thread);
   else
-    write_down<N>(d, first, out, y, tile, group, thread);
+    write_down<N>(d, first, out, y, tile, 1, 1, group, thread);
 }
 
 // A warpgroup's 64 rows of weights by the tile's tokens: N of them, and if the tile is wider than one instruction, `MORE`.
@@ -186,7 +60,7 @@ __forceinline__ void multiply(Rings& rings, uint32_t out, uint16_t* y, const Til
 #pragma unroll
     for (int k = 0; k < COLUMNS / 16; k++) {
       wgmma<N>(d, a + 2 * k, b + 2 * k, 1);
-      if constexpr (MORE > 0) wgmma<MORE>(more, a + 2 * k, b + 2 * k + N * COLUMNS * 2 / 16, 1);
+      if constexpr (MORE > 0) wgmma<MORE>(more, a + 2 * k, b + 2 * k + N * STEP_BYTES / 16, 1);
     }
     wgmma_commit();
     wgmma_wait<1>();
@@ -203,88 +77,22 @@ __forceinline__ void multiply(Rings& rings, uint32_t out, uint16_t* y, const Til
   if constexpr (MORE > 0) write<UP, MORE>(more, N, out, y, tile, group, thread);
 }
 
-template <bool UP, int STEPS>
-__forceinline__ void consume(Shared& shared, Rings rings, uint32_t out, uint16_t* y, int group, int thread, int count) {
-  for (int turn = 0, index; (index = tile_index(turn)) < count; turn++) {
-    Tile tile = locate(shared.experts, index);
+template <bool UP, int STEPS, int COLUMN_TILES>
+__forceinline__ void experts(const TensorMap* weights, const TensorMap* tokens, const int* totals, uint16_t* y) {
+  auto consume = [&](Shared& shared, Rings rings, uint32_t out, int group, int thread, int count) {
+    for (int turn = 0, index; (index = tile_index(turn)) < count; turn++) {
+      Tile tile = locate(shared.experts, index);
 #define WIDTH(n, more) \
   case n + more: multiply<UP, STEPS, n, more>(rings, out, y, tile, group, thread); break;
-    switch (tile.width) {
-      WIDTH(16, 0) WIDTH(32, 0) WIDTH(64, 0) WIDTH(96, 0) WIDTH(128, 0)
-      WIDTH(144, 0) WIDTH(160, 0) WIDTH(176, 0) WIDTH(192, 0) WIDTH(208, 0) WIDTH(224, 0) WIDTH(240, 0) WIDTH(256, 0)
-      WIDTH(144, 128) WIDTH(144, 144)
-    }
-#undef WIDTH
-  }
-}
-
-template <bool UP, int STEPS>
-__forceinline__ void fetch_weights(Shared& shared, Cursor ring, const TensorMap* weights, int count) {
-  for (int turn = 0, index; (index = tile_index(turn)) < count; turn++) {
-    Tile tile = locate(shared.experts, index);
-    uint64_t policy = tile.tiles > 1 ? EVICT_NORMAL : EVICT_FIRST;
-    for (int step = 0; step < STEPS; step++, ring.next()) {
-      wait(ring.empty_barrier(), ring.parity ^ 1);
-      arrive_expecting(ring.full_barrier(), WEIGHT_BYTES);
-      if constexpr (UP)  // groups of 8 rows of gate and of up by turns
-        load_box(ring.address(), weights, ring.full_barrier(), policy, step * COLUMNS, 0, 0, tile.column * (ROWS / 16),
-                 tile.expert);
-      else
-        load_box(ring.address(), weights, ring.full_barrier(), policy, step * COLUMNS, tile.column * ROWS, tile.expert);
-    }
-  }
-}
-
-template <int STEPS>
-__forceinline__ void fetch_tokens(Shared& shared, Cursor ring, const TensorMap* tokens, int count) {
-  for (int turn = 0, index; (index = tile_index(turn)) < count; turn++) {
-    Tile tile = locate(shared.experts, index);
-    int boxes = (tile.width + BOX - 1) / BOX;
-    for (int step = 0; step < STEPS; step++, ring.next()) {
-      wait(ring.empty_barrier(), ring.parity ^ 1);
-      arrive_expecting(ring.full_barrier(), boxes * BOX_BYTES);
-      for (int box = 0; box < boxes; box++)
-        load_box(ring.address() + box * BOX_BYTES, tokens, ring.full_barrier(), EVICT_LAST, step * COLUMNS,
-                 tile.row + box * BOX);
-    }
-  }
-}
-
-// `totals` are there when the launch before this one starts: of the up product's, the one before is waited for.
-template <bool UP, int STEPS, int COLUMN_TILES>
-__forceinline__ void run(const TensorMap* weights, const TensorMap* tokens, const int* totals, uint16_t* y) {
-  extern __shared__ char memory[];
-  uint32_t ring = (shared_address(memory) + 1023) & ~1023u, outs = ring + RING_BYTES;
-  Shared& shared = *reinterpret_cast<Shared*>(memory + (outs + 2 * GROUP_OUT_BYTES - shared_address(memory)));
-  int group = threadIdx.x / 128, thread = threadIdx.x % 128;
-  if (threadIdx.x == 0) {
-    prefetch(weights);
-    prefetch(tokens);
-    for (int i = 0; i < MOST_STAGES; i++)
-      for (Ring* ring : {&shared.weights, &shared.tokens}) {
-        barrier_init(shared_address(ring->full + i), 1);
-        barrier_init(shared_address(ring->empty + i), CONSUMERS);
+      switch (tile.width) {
+        WIDTH(16, 0) WIDTH(32, 0) WIDTH(64, 0) WIDTH(96, 0) WIDTH(128, 0)
+        WIDTH(144, 0) WIDTH(160, 0) WIDTH(176, 0) WIDTH(192, 0) WIDTH(208, 0) WIDTH(224, 0) WIDTH(240, 0) WIDTH(256, 0)
+        WIDTH(144, 128) WIDTH(144, 144)
       }
-    barrier_init_fence();
-  }
-  if constexpr (UP) wait_for_previous();
-  let_next_start();
-  if (threadIdx.x == 0) plan(shared.experts, totals, COLUMN_TILES);
-  __syncthreads();
-  int count = shared.experts.first[LOCAL];
-  Rings rings = make_rings(shared, ring, shared.experts.width[0]);
-  if (group == 0) {
-    fewer_registers<40>();
-    if (thread == 0) fetch_weights<UP, STEPS>(shared, rings.weights, weights, count);
-    if (thread == 32) {
-      wait_for_previous();
-      fetch_tokens<STEPS>(shared, rings.tokens, tokens, count);
+#undef WIDTH
     }
-  } else {
-    more_registers<232>();
-    wait_for_previous();  // what it computed may stand where this launch's results go
-    consume<UP, STEPS>(shared, rings, outs + (group - 1) * GROUP_OUT_BYTES, y, group - 1, thread, count);
-  }
+  };
+  run<UP, STEPS, COLUMN_TILES>(weights, tokens, totals, UP, consume);
 }
 
 #ifdef COMPILE_grouped_up
@@ -293,7 +101,7 @@ __forceinline__ void run(const TensorMap* weights, const TensorMap* tokens, cons
 extern "C" __global__ void __launch_bounds__(384, 1)
     grouped_up(const __grid_constant__ TensorMap gate_up, const __grid_constant__ TensorMap sorted_x, const int* totals,
                uint16_t* inner) {
-  run<true, (HIDDEN + COLUMNS - 1) / COLUMNS, (INTERMEDIATE + ROWS / 2 - 1) / (ROWS / 2)>(&gate_up, &sorted_x, totals, inner);
+  experts<true, (HIDDEN + COLUMNS - 1) / COLUMNS, (INTERMEDIATE + ROWS / 2 - 1) / (ROWS / 2)>(&gate_up, &sorted_x, totals, inner);
 }
 #endif
 
@@ -302,6 +110,6 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 extern "C" __global__ void __launch_bounds__(384, 1)
     grouped_down(const __grid_constant__ TensorMap down, const __grid_constant__ TensorMap inner, const int* totals,
                  uint16_t* results) {
-  run<false, (INTERMEDIATE + COLUMNS - 1) / COLUMNS, (HIDDEN + ROWS - 1) / ROWS>(&down, &inner, totals, results);
+  experts<false, (INTERMEDIATE + COLUMNS - 1) / COLUMNS, (HIDDEN + ROWS - 1) / ROWS>(&down, &inner, totals, results);
 }
 #endif
