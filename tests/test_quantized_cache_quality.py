@@ -23,7 +23,7 @@ from moecompiler.runtime.prompts import load_tokenizer
 from moecompiler.tools.bench_quantized import logits_of, perplexity, read_text
 from moecompiler.validation.difference import log_softmax
 
-LENGTH, WINDOWS = 256, 64
+LENGTH, WINDOWS = 256, 24
 
 
 @pytest.fixture(scope="module")
