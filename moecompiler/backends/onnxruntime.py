@@ -25,7 +25,12 @@ from moecompiler.weights import TensorReader
 
 # onnxruntime-extensions registers its ops without a lock: two ranks of one process that load at once crash it
 _ONE_AT_A_TIME = threading.Lock()
-_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(int8)": np.int8}
+_NUMPY_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int8)": np.int8,
+}
 
 
 class OnnxRuntimeBackend:

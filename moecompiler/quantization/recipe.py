@@ -62,7 +62,9 @@ class QuantizationRecipe:
 
     def overridden(self, by: QuantizationRecipe) -> QuantizationRecipe:
         """These rules, after those of ``by``, and these scales, where ``by`` has no others."""
-        return QuantizationRecipe(by.rules + self.rules, tuple((self._scales | by._scales).items()), by.cache or self.cache)
+        return QuantizationRecipe(
+            by.rules + self.rules, tuple((self._scales | by._scales).items()), by.cache or self.cache
+        )
 
 
 def default_recipe(scheme: WeightScheme) -> QuantizationRecipe:

@@ -15,7 +15,12 @@ from moecompiler.runtime.session import CallableSession, StageSession
 from moecompiler.validation.reference_run import Arrays
 from moecompiler.validation.runners import ModuleRunner
 
-_ORT_TYPES = {"tensor(float16)": "float16", "tensor(float)": "float32", "tensor(int64)": "int64", "tensor(int8)": "int8"}
+_ORT_TYPES = {
+    "tensor(float16)": "float16",
+    "tensor(float)": "float32",
+    "tensor(int64)": "int64",
+    "tensor(int8)": "int8",
+}
 
 
 @dataclass(frozen=True)

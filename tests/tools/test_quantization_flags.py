@@ -35,5 +35,7 @@ def test_scales_of_a_cache_need_no_fp8_weights() -> None:
     nvfp4 = QuantizationFlags(qformat=QFormat.nvfp4, **scales)  # type: ignore[arg-type]
     assert with_scales(recipe, nvfp4, config, {}, "--qformat nvfp4") is recipe
     int8 = QuantizationFlags(qformat=QFormat.int8_wo, **scales)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"--scales scales.json: goes with --qformat fp8; --qformat int8_wo asks for no"):
+    with pytest.raises(
+        UserError, match=r"--scales scales.json: goes with --qformat fp8; --qformat int8_wo asks for no"
+    ):
         with_scales(recipe, int8, config, {}, "--qformat int8_wo")
