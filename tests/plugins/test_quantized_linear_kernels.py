@@ -14,7 +14,8 @@ from interpreted import interpret, interpreter
 
 from moecompiler.plugins.compile import compile_kernel
 from moecompiler.plugins.launch import shared_memory
-from moecompiler.plugins.quantized.linear_launch import LinearTactic, One, Tile, tactics, triton_tactics, weight_of
+from moecompiler.plugins.quantized.linear_launch import tactics, triton_tactics, weight_of
+from moecompiler.plugins.quantized.linear_tactic import LinearTactic, One, Tile
 from moecompiler.tools.random_codes import Format, RandomWeight
 
 FORMATS = (
