@@ -56,19 +56,29 @@ class Output:
     seconds: float = 0.0
 
     @property
+    def _lines(self) -> list[str]:
+        """Of stderr, without the zero that ends what Open MPI says of an abort, behind which a rank's line may stand."""
+        return [line.lstrip("\0") for line in self.err.splitlines()]
+
+    @property
     def complaints(self) -> list[str]:
-        return [line for line in self.err.splitlines() if line.startswith("moecompiler: error: ")]
+        return [line for line in self._lines if line.startswith("moecompiler: error: ")]
 
     @property
     def own_lines(self) -> list[str]:
         """The lines of stderr that ``mpirun`` did not write."""
         lines, by_launcher = [], False
-        for line in self.err.splitlines():
+        for line in self._lines:
             if line.startswith("-----"):
                 by_launcher = not by_launcher
             elif line.strip(" \0") and not by_launcher and not _LAUNCHERS_NOISE.match(line):
                 lines.append(line)
         return lines
+
+    @property
+    def _lines(self) -> list[str]:
+        """Of stderr, less the zero bytes that ``mpirun`` puts in front of some when ranks are aborted."""
+        return [line.lstrip("\0") for line in self.err.splitlines()]
 
 
 class Here:
