@@ -10,9 +10,11 @@ reads real numbers, of one layer of a model, and is timed beside `cp` of the fil
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -78,14 +80,27 @@ class Row:
         return [what for what, is_so in wrong.items() if is_so]
 
 
+_RUN = """
+import json, os, sys
+pid = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, 2, 1)])
+_, status, usage = os.wait4(pid, 0)
+print(json.dumps([usage.ru_utime + usage.ru_stime, usage.ru_maxrss, os.waitstatus_to_exitcode(status)]))
+"""
+
+
 def timed(command: Sequence[object]) -> Used:
-    """Runs a command; what it prints goes to stderr. Memory is that of the largest process among it and its children."""
-    started = time.perf_counter()
+    """Runs a command; what it prints goes to stderr. Memory is that of the largest process among it and its children.
+
+    A process of its own starts it, a small one: to Linux the peak of who starts a program is the program's too.
+    """
     words = [str(word) for word in command]
-    pid = os.posix_spawnp(words[0], words, os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, 2, 1)])
-    _, status, usage = os.wait4(pid, 0)
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", _RUN, *words], stdout=subprocess.PIPE, check=True, text=True
+    )
     wall = time.perf_counter() - started
-    return Used(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / (1 << 20), os.waitstatus_to_exitcode(status))
+    cpu, peak, status = json.loads(done.stdout)
+    return Used(wall, cpu, peak / (1 << 20), status)
 
 
 def measure(
