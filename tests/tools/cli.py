@@ -75,11 +75,6 @@ class Output:
                 lines.append(line)
         return lines
 
-    @property
-    def _lines(self) -> list[str]:
-        """Of stderr, less the zero bytes that ``mpirun`` puts in front of some when ranks are aborted."""
-        return [line.lstrip("\0") for line in self.err.splitlines()]
-
 
 class Here:
     """Runs the command line in this process; ``capsys`` is the test's."""
