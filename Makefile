@@ -18,7 +18,7 @@ TYPECHECK := build/typecheck
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint format typecheck gpu-test gpu-check clean
+.PHONY: help install demo test slow-test lint format typecheck gpu-test gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -49,8 +49,11 @@ demo: $(INSTALLED) ## compile the shipped model for two ranks, run it under mpir
 	@$(BIN)/python -m moecompiler.tools.demo
 
 # one thread for mathematics in each test process: they share the cores
-test: $(INSTALLED) ## run every test that needs no GPU
-	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadgroup -m "not gpu" --durations=10
+test: $(INSTALLED) ## run the tests that need no GPU
+	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadgroup -m "not gpu and not slow" --durations=10
+
+slow-test: $(INSTALLED) ## run those that build or compile the whole grid of mappings, types and architectures
+	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadgroup -m "slow and not gpu" --durations=10
 
 gpu-test: $(INSTALLED) ## run the tests that need a CUDA GPU, if there is one
 	@if ! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \

@@ -12,7 +12,6 @@ from cli import environment
 
 
 @pytest.mark.mpi
-@pytest.mark.slow
 @pytest.mark.xdist_group("demo")
 def test_the_demo(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "moecompiler.tools.demo", str(tmp_path / "demo")]

@@ -34,7 +34,6 @@ def runnable_commands() -> list[str]:
 
 
 @pytest.mark.mpi
-@pytest.mark.slow
 @pytest.mark.xdist_group("documented")
 def test_every_command_that_is_there(here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

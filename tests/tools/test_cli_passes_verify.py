@@ -67,7 +67,6 @@ def test_verify_each_stops_a_compile(planted: None, engines: Engines, here: Here
     assert here(*command).status == 0  # nobody looked
 
 
-@pytest.mark.slow
 def test_bisect_by_a_command(engines: Engines, here: Here, tmp_path: Path) -> None:
     """The command gets a folder with graphs and an engine directory; its own idea of what is good decides."""
     script = tmp_path / "check.py"
