@@ -7,7 +7,7 @@ when the up product writes what it makes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -29,15 +29,13 @@ from moecompiler.plugins.launch import (
 from moecompiler.plugins.moe.compiled import COMBINED_COLUMNS, ROUTED_TOKENS, Key, NodeKernels, Step
 from moecompiler.plugins.moe.tiles import Sizes
 from moecompiler.plugins.quantized.dequantize import Form
+from moecompiler.plugins.quantized.grouped import MOST_EXPERTS, SM, down_codes, place_rows
 from moecompiler.plugins.quantized.moe_node import QuantizedNode
 from moecompiler.quantization.schemes import NVFP4_BLOCK, Format
 
-_SM = 90
 _SEGMENT = 64
 _ARRANGED_COLUMNS = 2048
 """Per program of arranging."""
-_MOST_EXPERTS = 64
-"""What is known of them has to fit beside the rings in shared memory."""
 _CODES = {Format.INT8: "INT8", Format.INT4: "INT4", Format.UINT4: "INT4_ASYMMETRIC", Format.E2M1: "E2M1"}
 
 
@@ -51,7 +49,7 @@ def position_of(column: int, two_in_a_byte: bool) -> int:
 def fits(form: Form, block: int, columns: tuple[int, ...], outputs: tuple[int, ...], dtype: str, sm: int) -> bool:
     """Whether there are kernels for rows of so many ``columns`` that make so many ``outputs``: columns are taken 64 at a time,
     which have a scale in common; results are written in 16 bytes."""
-    known = form.format in _CODES and not form.ordered and sm == _SM and dtype in ("float16", "bfloat16")
+    known = form.format in _CODES and not form.ordered and sm == SM and dtype in ("float16", "bfloat16")
     blocks = block == 0 or (form.format is Format.E2M1 and block == NVFP4_BLOCK) or block % _SEGMENT == 0
     whole = all(count % _SEGMENT == 0 and (block == 0 or count % block == 0) for count in columns)
     return known and blocks and whole and all(count % 8 == 0 for count in outputs)
@@ -73,7 +71,7 @@ def _product(function: str, form: Form, block: int, dtype: str, constants: dict[
         ("ELEMENT_IS_BFLOAT16", dtype == "bfloat16"),
     )
     source = "moecompiler.plugins.quantized/grouped_codes.cu"
-    return CudaKernel(source, function, signature, macros, 12, shared_memory(_SM))
+    return CudaKernel(source, function, signature, macros, 12, shared_memory(SM))
 
 
 def _arrange(function: str, form: Form, dtype: str, types: str, constants: dict[str, int]) -> Kernel:
@@ -96,10 +94,6 @@ def _tokens(base: Workspace, dtype: str, rows: int, columns: int) -> TensorMap:
     return TensorMap(base, dtype, (rows, columns), (columns,), (32, _SEGMENT))
 
 
-def _down_codes(base: Input, local: int, rows: int, row_bytes: int) -> TensorMap:
-    return TensorMap(base, "int8", (local, rows, row_bytes), (rows * row_bytes, row_bytes), (1, 128, 128))
-
-
 @dataclass(frozen=True)
 class GroupedCodes:
     """A node over integer or E2M1 codes, after routing, for any number of tokens. See ``moe_fits``."""
@@ -109,23 +103,21 @@ class GroupedCodes:
 
     @cached_property
     def _moe(self) -> NodeKernels:
-        return NodeKernels(self.node.sizes, self.node.dtype, _SM)
+        return NodeKernels(self.node.sizes, self.node.dtype, SM)
 
     def kernels(self) -> dict[Key, AnyKernel]:
         node, sizes = self.node, self.node.sizes
         constants = {"HIDDEN": sizes.hidden, "INTERMEDIATE": sizes.intermediate, "LOCAL": sizes.local}
         arrange = {"HIDDEN": sizes.hidden, "TOP_K": sizes.top_k, "H_BLOCK": _ARRANGED_COLUMNS}
-        # place finds rows and moves nothing: x has no columns for it
-        places = NodeKernels(replace(sizes, hidden=0), node.dtype, _SM).place(1)
         up, down = (
             _product(f"grouped_codes_{which}", node.form, node.block, node.dtype, constants) for which in ("up", "down")
         )
         return {
-            ("codes_places",): places,
+            ("codes_places",): place_rows(sizes, node.dtype),
             ("arrange_sorted",): _arrange("arrange_sorted", node.form, node.dtype, "x:T places:I sorted_x:T", arrange),
             ("grouped_codes_up",): up,
             ("grouped_codes_down",): down,
-            ("sorted_combine",): self._moe.grouped()["sorted_combine",],
+            ("sorted_combine",): self._moe.sorted_combine(),
         }
 
     def steps(self, arena: Arena, chosen: Workspace, weights: Workspace, counts: Workspace, tokens: int) -> list[Step]:
@@ -139,7 +131,7 @@ class GroupedCodes:
         pairs = (local, intermediate // 8, 2, 8, width)  # 8 rows of gate and 8 of up
         pair_strides = (2 * intermediate * width, 8 * width, intermediate * width, width)
         gate_up = TensorMap(Input(node.gate_up.codes), "int8", pairs, pair_strides, (1, 8, 2, 8, 128))
-        down = _down_codes(Input(node.down.codes), local, hidden, _row_bytes(node.form, intermediate))
+        down = down_codes(Input(node.down.codes), local, hidden, _row_bytes(node.form, intermediate))
         up_rows = _tokens(sorted_x, node.dtype, rows, hidden)
         down_rows = _tokens(inner, node.dtype, rows, intermediate)
         up_scales, down_scales = ((Input(each.scales), Input(each.extra)) for each in (node.gate_up, node.down))
@@ -169,7 +161,7 @@ class GroupedCodesTactic:
 
     @cached_property
     def _table(self) -> dict[Key, AnyKernel]:
-        route = NodeKernels(self._sizes, self.grouped.node.dtype, _SM).route(ROUTED_TOKENS)
+        route = NodeKernels(self._sizes, self.grouped.node.dtype, SM).route(ROUTED_TOKENS)
         return {("route", ROUTED_TOKENS): route, **self.grouped.kernels()}
 
     @property
@@ -186,7 +178,7 @@ class GroupedCodesTactic:
     def _plan(self, tokens: int) -> tuple[list[Step], int]:
         arena, node = Arena(), self.grouped.node
         blocks = -(-tokens // ROUTED_TOKENS)
-        counted = 4 * blocks * NodeKernels(self._sizes, node.dtype, _SM).local_block
+        counted = 4 * blocks * NodeKernels(self._sizes, node.dtype, SM).local_block
         chosen, weights = (arena.take(4 * tokens * self._sizes.top_k) for _ in range(2))
         counts = arena.take(counted)
         args = (Input(0), Input(1), Input(node.expert_ids), chosen, weights, counts, tokens)
@@ -229,7 +221,7 @@ class LinearCodesTactic:
             return ()
         arena = Arena()
         arranged_x, totals = arena.take(2 * tokens * self.columns), arena.take(4)
-        weights = _down_codes(Input(1), 1, self.rows, _row_bytes(self.form, self.columns))
+        weights = down_codes(Input(1), 1, self.rows, _row_bytes(self.form, self.columns))
         x = _tokens(arranged_x, self.dtype, tokens, self.columns)
         extra = Input(3 if self.form.asymmetric or self.form.two_level else 2)
         grid = (tokens, -(-self.columns // _ARRANGED_COLUMNS), 1)
@@ -250,7 +242,7 @@ def _launches(steps: list[Step], order: tuple[Key, ...]) -> tuple[Launch, ...]:
 def moe_fits(node: QuantizedNode) -> bool:
     """Whether ``GroupedCodes`` can do a node."""
     columns = (node.sizes.hidden, node.sizes.intermediate)
-    return node.sizes.local <= _MOST_EXPERTS and fits(node.form, node.block, columns, columns, node.dtype, node.sm)
+    return node.sizes.local <= MOST_EXPERTS and fits(node.form, node.block, columns, columns, node.dtype, node.sm)
 
 
 def moe_tactics(node: QuantizedNode) -> tuple[GroupedCodesTactic, ...]:

@@ -28,13 +28,11 @@ from moecompiler.plugins.launch import (
 )
 from moecompiler.plugins.moe.compiled import COMBINED_COLUMNS, ROUTED_TOKENS, Key, NodeKernels, Step
 from moecompiler.plugins.moe.tiles import Sizes
+from moecompiler.plugins.quantized.grouped import MOST_EXPERTS, SM, down_codes, place_rows
 
-_SM = 90
 _SOURCE = "moecompiler.plugins.quantized/grouped_fp8.cu"
 _QUANTIZED_COLUMNS = 2048
 """Per program of quantizing."""
-_MOST_EXPERTS = 64
-"""What is known of them has to fit beside the rings in shared memory."""
 PROMOTED = 4
 """Steps of 128 columns that the matrix units add up by themselves, where sums are promoted (DeepSeek-V3, §3.3.2: there one)."""
 
@@ -51,7 +49,7 @@ class Routed:
 def fits(columns: tuple[int, ...], dtype: str, sm: int, local: int = 1) -> bool:
     """Whether there are kernels: rows of codes have to be multiples of 16 bytes, which the copy engine needs."""
     aligned = all(count % 16 == 0 for count in columns)
-    return sm == _SM and dtype in ("float16", "bfloat16") and aligned and local <= _MOST_EXPERTS
+    return sm == SM and dtype in ("float16", "bfloat16") and aligned and local <= MOST_EXPERTS
 
 
 def _product(function: str, dtype: str, constants: dict[str, Any], pointers: str) -> CudaKernel:
@@ -59,7 +57,7 @@ def _product(function: str, dtype: str, constants: dict[str, Any], pointers: str
     maps = (("weights", "tensormap"), ("tokens", "tensormap"))
     signature = (*maps, ("totals", "*i32"), *((name, "*i16") for name in pointers.split()))
     macros = (*constants.items(), ("ELEMENT_IS_BFLOAT16", dtype == "bfloat16"))
-    return CudaKernel(_SOURCE, function, signature, macros, 12, shared_memory(_SM))
+    return CudaKernel(_SOURCE, function, signature, macros, 12, shared_memory(SM))
 
 
 def _quantize(function: str, dtype: str, types: str, constants: dict[str, Any]) -> Kernel:
@@ -74,10 +72,6 @@ def _rows_of_codes(base: Input | Workspace, rows: int, columns: int) -> TensorMa
     return TensorMap(base, "int8", (rows, columns), (columns,), (32, 128))
 
 
-def _down_codes(base: Input, local: int, rows: int, columns: int) -> TensorMap:
-    return TensorMap(base, "int8", (local, rows, columns), (rows * columns, columns), (1, 128, 128))
-
-
 @dataclass(frozen=True)
 class GroupedFp8:
     """``MoEFp8`` after routing, for any number of tokens. ``promoted``: 0, or after how many steps sums are promoted."""
@@ -89,7 +83,7 @@ class GroupedFp8:
 
     @cached_property
     def _moe(self) -> NodeKernels:
-        return NodeKernels(self.sizes, self.dtype, _SM)
+        return NodeKernels(self.sizes, self.dtype, SM)
 
     def kernels(self) -> dict[Key, AnyKernel]:
         sizes = self.sizes
@@ -100,11 +94,9 @@ class GroupedFp8:
             "PROMOTED": self.promoted,
         }
         quantize = {"HIDDEN": sizes.hidden, "TOP_K": sizes.top_k, "H_BLOCK": _QUANTIZED_COLUMNS}
-        # place finds rows and moves nothing: x has no columns for it
-        places = NodeKernels(replace(sizes, hidden=0), self.dtype, _SM).place(1)
         up = "scales input_scales output_scales inner"
         return {
-            ("fp8_places",): places,
+            ("fp8_places",): place_rows(sizes, self.dtype),
             ("quantize_sorted",): _quantize(
                 "quantize_sorted", self.dtype, "x:T places:I chosen:I scales:T sorted_x:B", quantize
             ),
@@ -112,7 +104,7 @@ class GroupedFp8:
             ("grouped_fp8_down", self.promoted): _product(
                 "grouped_fp8_down", self.dtype, constants, "scales input_scales results"
             ),
-            ("sorted_combine",): self._moe.grouped()["sorted_combine",],
+            ("sorted_combine",): self._moe.sorted_combine(),
         }
 
     def steps(self, arena: Arena, routed: Routed, tokens: int) -> list[Step]:
@@ -130,7 +122,7 @@ class GroupedFp8:
         pairs = (local, intermediate // 8, 2, 8, hidden)  # 8 rows of gate and 8 of up
         pair_strides = (2 * intermediate * hidden, 8 * hidden, intermediate * hidden, hidden)
         gate_up = TensorMap(Input(2), "int8", pairs, pair_strides, (1, 8, 2, 8, 128))
-        down = _down_codes(Input(4), local, hidden, intermediate)
+        down = down_codes(Input(4), local, hidden, intermediate)
         up_rows, down_rows = _rows_of_codes(sorted_x, rows, hidden), _rows_of_codes(inner, rows, intermediate)
         programs = (self.processors, 1, 1)
         return [
@@ -173,7 +165,7 @@ class GroupedFp8Tactic:
 
     @cached_property
     def _table(self) -> dict[Key, AnyKernel]:
-        route = NodeKernels(self.grouped.sizes, self.grouped.dtype, _SM).route(ROUTED_TOKENS)
+        route = NodeKernels(self.grouped.sizes, self.grouped.dtype, SM).route(ROUTED_TOKENS)
         return {("route", ROUTED_TOKENS): route, **self.grouped.kernels()}
 
     @property
@@ -190,7 +182,7 @@ class GroupedFp8Tactic:
     def _plan(self, tokens: int) -> tuple[list[Step], int]:
         arena, sizes = Arena(), self.grouped.sizes
         blocks = -(-tokens // ROUTED_TOKENS)
-        counts = 4 * blocks * NodeKernels(sizes, self.grouped.dtype, _SM).local_block
+        counts = 4 * blocks * NodeKernels(sizes, self.grouped.dtype, SM).local_block
         routed = Routed(*(arena.take(size) for size in (4 * tokens * sizes.top_k, 4 * tokens * sizes.top_k, counts)))
         args = (Input(0), Input(1), Input(8), routed.chosen, routed.weights, routed.counts, tokens)
         route = Step(("route", ROUTED_TOKENS), (blocks, 1, 1), args)
@@ -230,7 +222,7 @@ class LinearFp8Tactic:
             return ()
         arena = Arena()
         codes, totals = arena.take(tokens * self.columns), arena.take(4)
-        weights = _down_codes(Input(1), 1, self.rows, self.columns)
+        weights = down_codes(Input(1), 1, self.rows, self.columns)
         x = _rows_of_codes(codes, tokens, self.columns)
         steps = [
             Step(
