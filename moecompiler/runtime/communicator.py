@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from moecompiler.errors import UserError
+from moecompiler.runtime.device_communicator import Ways
 
 T = TypeVar("T")
 
@@ -19,6 +20,8 @@ class Communicator(Protocol):
 
     rank: int
     world_size: int
+    device: Ways | None
+    """How it exchanges what lies on a GPU; None until a backend that has such things sets it."""
 
     def all_reduce(self, array: np.ndarray, group: tuple[int, ...]) -> np.ndarray:
         """The sum over the group, added in rank order so that every rank holds the same bits."""
@@ -44,6 +47,9 @@ class Alone:
 
     rank = 0
     world_size = 1
+
+    def __init__(self) -> None:
+        self.device: Ways | None = None
 
     def all_reduce(self, array: np.ndarray, group: tuple[int, ...]) -> np.ndarray:
         return array

@@ -14,6 +14,7 @@ import numpy as np
 
 from moecompiler.errors import UserError
 from moecompiler.runtime.communicator import Alone, Communicator, add_in_rank_order
+from moecompiler.runtime.device_communicator import Ways
 
 # What a launcher sets in each process it starts: Open MPI; MPICH's and Intel's hydra, and `srun --mpi=pmi2`; MVAPICH.
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -32,6 +33,7 @@ class MpiCommunicator:
         self._comm = comm if comm is not None else _mpi().COMM_WORLD
         self.rank: int = self._comm.Get_rank()
         self.world_size: int = self._comm.Get_size()
+        self.device: Ways | None = None
         self._groups: dict[tuple[int, ...], Any] = {tuple(range(self.world_size)): self._comm}
 
     def all_reduce(self, array: np.ndarray, group: tuple[int, ...]) -> np.ndarray:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from moecompiler.runtime.communicator import Communicator, add_in_rank_order, using_communicator
+from moecompiler.runtime.device_communicator import Ways
 
 T = TypeVar("T")
 
@@ -104,6 +105,7 @@ class ThreadCommunicator:
     def __init__(self, world: ThreadWorld, rank: int):
         self.rank = rank
         self.world_size = world.size
+        self.device: Ways | None = None
         self._world = world
 
     def all_reduce(self, array: np.ndarray, group: tuple[int, ...]) -> np.ndarray:

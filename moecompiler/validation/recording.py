@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from moecompiler.runtime.communicator import Communicator
+from moecompiler.runtime.device_communicator import Ways
 
 
 class RecordingCommunicator:
@@ -15,6 +16,7 @@ class RecordingCommunicator:
     def __init__(self, inner: Communicator):
         self._inner = inner
         self.rank, self.world_size = inner.rank, inner.world_size
+        self.device: Ways | None = None  # what goes from GPU to GPU cannot be seen here: it records what goes through the host
         self.last: np.ndarray | None = None
 
     def all_reduce(self, array: np.ndarray, group: tuple[int, ...]) -> np.ndarray:
