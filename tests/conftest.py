@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
+    from playwright.sync_api import Browser
     from programs import Passage, Programs, Subject
 
 
@@ -56,3 +58,16 @@ def passage() -> Passage:
     from programs import text_passage
 
     return text_passage()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A headless browser, for tests that are marked ``browsing.needs_browser``."""
+    from browsing import PATH
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as tools:
+        # without its sandbox, which root may not use: the only pages are our own
+        started = tools.chromium.launch(executable_path=PATH, args=["--no-sandbox", "--disable-gpu"])
+        yield started
+        started.close()

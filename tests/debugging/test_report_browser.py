@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from browsing import Opened, assert_legible, luminance, needs_browser
+from playwright.sync_api import Browser, Page
 from test_report_page import hostile_report
 
 from moecompiler.debugging.report.model import make_report
-from moecompiler.debugging.report.page import duration, figure, render
+from moecompiler.debugging.report.page import render
+from moecompiler.pages.figures import duration, figure
 from moecompiler.passes.pipelines import named_pipelines
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-PATH = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-pytestmark = [
-    pytest.mark.skipif(PATH is None, reason=f"no browser on PATH: none of {', '.join(BROWSERS)}"),
-    pytest.mark.xdist_group("debugging"),
-]
-CONTRAST = 4.5  # WCAG 2.2, 1.4.3: text of normal size
+pytestmark = [needs_browser, pytest.mark.xdist_group("debugging")]
 PLUGINS = named_pipelines()["plugins"]
 
 
@@ -33,36 +28,6 @@ def report_file(subject_of, tmp_path_factory: pytest.TempPathFactory) -> Path:  
     path = tmp_path_factory.mktemp("report") / "report.html"
     path.write_text(render(made), encoding="utf-8")
     return path
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as tools:
-        # without its sandbox, which root may not use: the only pages are our own
-        started = tools.chromium.launch(executable_path=PATH, args=["--no-sandbox", "--disable-gpu"])
-        yield started
-        started.close()
-
-
-class Opened:
-    """A page, and all that it said and asked for."""
-
-    def __init__(self, browser: Browser, path: Path, **options: Any):
-        self.page: Page = browser.new_page(**options)
-        self.said: list[str] = []
-        self.asked: list[str] = []
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("dialog", lambda dialog: (self.said.append(dialog.message), dialog.dismiss()))
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.goto(path.as_uri())
-        self.address = path.as_uri()
-
-    def close(self) -> None:
-        """Raises: AssertionError where it complained, or wanted anything but itself."""
-        self.page.close()
-        assert self.said == []
-        assert [url for url in self.asked if not url.startswith("data:")] == [self.address]
 
 
 @pytest.fixture
@@ -190,43 +155,6 @@ def test_keyboard_and_controls(wide: Page) -> None:
     assert wide.locator("button:visible").count() == 0
 
 
-# colours of every piece of text that is shown: its own, and that of what it stands on
-COLOURS = """() => {
-  const under = (element) => {
-    for (let e = element; e; e = e.parentElement) {
-      const colour = getComputedStyle(e).backgroundColor;
-      if (colour !== 'rgba(0, 0, 0, 0)') return colour;
-    }
-    return 'none';
-  };
-  const found = new Map();
-  for (const element of document.querySelectorAll('body *')) {
-    const style = getComputedStyle(element);
-    const own = [...element.childNodes].some(node => node.nodeType === 3 && node.textContent.trim());
-    if (!own || !element.getClientRects().length) continue;
-    const box = element.closest('.op, .tensor');
-    const bar = element.parentElement?.classList.contains('bar') && element.nextElementSibling;
-    const on = box ? [getComputedStyle(box.querySelector('path')).fill] : [under(element)];
-    if (bar) on.push(getComputedStyle(bar).backgroundColor);
-    const colour = element instanceof SVGElement ? style.fill : style.color;
-    for (const each of on) found.set(`${colour} on ${each}`, [colour, each, element.outerHTML.slice(0, 80)]);
-  }
-  return [...found.values()];
-}"""
-
-
-def luminance(colour: str) -> float:
-    """Relative luminance of ``rgb(r, g, b)``, as WCAG defines it."""
-    channels = [int(each) / 255 for each in colour.removeprefix("rgb(").removesuffix(")").split(",")]
-    linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in channels]
-    return sum(share * each for share, each in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-
-def contrast(first: str, second: str) -> float:
-    low, high = sorted((luminance(first), luminance(second)))
-    return (high + 0.05) / (low + 0.05)
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_light_and_dark(browser: Browser, report_file: Path, scheme: str) -> None:
     """By the system's setting, and by the button."""
@@ -235,10 +163,7 @@ def test_light_and_dark(browser: Browser, report_file: Path, scheme: str) -> Non
     page.click("#expand")
     backgrounds = []
     for expected in (scheme, other):
-        colours = page.evaluate(COLOURS)
-        assert len(colours) > 15
-        for colour, on, where in colours:
-            assert contrast(colour, on) >= CONTRAST, f"{colour} on {on}: {where}"
+        assert_legible(page)
         backgrounds.append(luminance(page.evaluate("getComputedStyle(document.body).backgroundColor")))
         assert (backgrounds[-1] > 0.5) == (expected == "light")
         page.click("#theme")

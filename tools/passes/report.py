@@ -39,7 +39,7 @@ def report(
     from moecompiler.atomic import write_text_atomic
     from moecompiler.debugging.report.model import make_report
     from moecompiler.debugging.report.page import render
-    from moecompiler.debugging.report.picture import counted
+    from moecompiler.pages.figures import counted
 
     if output.is_dir() or not output.parent.is_dir():
         raise UserError(f"--output {output}: {'is a directory' if output.is_dir() else 'its directory is not there'}")

@@ -10,6 +10,7 @@ from textwrap import wrap
 from moecompiler.debugging.report.fragment import Fragment, Mark, Node, Tensor
 from moecompiler.debugging.report.layout import Point, layered
 from moecompiler.graph import module_of
+from moecompiler.pages.figures import counted
 
 LINE = 15.0  # height of a line of text, in pixels at full size
 _MARGIN = 8.0
@@ -191,8 +192,3 @@ def _summary(fragment: Fragment) -> str:
     words = {Mark.removed: "removed", Mark.added: "added", Mark.changed: "changed", Mark.context: "around them"}
     said = [f"{count} {words[mark]}" for mark, count in counts.items() if count]
     return f"{counted(len(fragment.nodes), 'node')}: {', '.join(said)}" if said else "no nodes"
-
-
-def counted(count: int, noun: str, plural: str = "s") -> str:
-    """``1 node``, ``2 nodes``."""
-    return f"{count} {noun}{'' if count == 1 else plural}"

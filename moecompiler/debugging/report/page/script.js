@@ -1,18 +1,4 @@
-"use strict";
-const one = (selector) => document.querySelector(selector);
-const all = (selector, under = document) => [...under.querySelectorAll(selector)];
-
 const counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
-
-const theme = one("#theme");
-const isDark = () => (document.documentElement.dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
-const nameTheme = () => { theme.textContent = isDark() ? "Light" : "Dark"; };
-theme.addEventListener("click", () => {
-  document.documentElement.dataset.theme = isDark() ? "light" : "dark";
-  nameTheme();
-});
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", nameTheme);
-nameTheme();
 
 const kinds = all(".kind").map((element) => {
   const step = element.closest(".pass").querySelector("h3").firstChild.textContent;

@@ -1,0 +1,1 @@
+"""HTML pages that ask nothing of anybody: what all of them share."""
