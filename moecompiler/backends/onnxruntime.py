@@ -150,7 +150,8 @@ def _ranks(group: str) -> tuple[int, ...]:
 class OnnxRuntimeSession:
     """One rank's engine with its KV cache; see ``runtime.session.StageSession``.
 
-    The cache stays in ONNX Runtime's own tensors: what one step writes is bound as the next step's input.
+    The cache stays in ONNX Runtime's own tensors, of each part of a batch by itself: what one step writes is bound as the next
+    step's input.
     """
 
     def __init__(self, session: onnxruntime.InferenceSession, limits: EngineLimits):
@@ -159,17 +160,13 @@ class OnnxRuntimeSession:
         self.max_seq_len, self.vocab_size = limits.max_seq_len, limits.vocab_size
         self._inputs = {value.name: value for value in session.get_inputs()}
         self._outputs = [value.name for value in session.get_outputs()]
-        self._caches: list[onnxruntime.OrtValue] = []
+        self._caches: dict[int, list[onnxruntime.OrtValue]] = {}  # by the first sequence of a part
 
     def start(self, batch: int) -> None:
-        """A zeroed cache for ``batch`` sequences."""
-        self._caches = [
-            onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((batch, *value.shape[1:]), _NUMPY_TYPES[value.type]))
-            for name, value in self._inputs.items()
-            if name.startswith("past_key_values.")
-        ]
+        """The cache is empty: each part of the batch gets a zeroed one with its first step."""
+        self._caches.clear()
 
-    def step(self, x: np.ndarray, position_ids: np.ndarray, last_token_ids: np.ndarray) -> np.ndarray:
+    def step(self, x: np.ndarray, position_ids: np.ndarray, last_token_ids: np.ndarray, first: int = 0) -> np.ndarray:
         """See ``StageSession.step``."""
         binding = self.session.io_binding()
         main = "input_ids" if "input_ids" in self._inputs else "hidden_states"
@@ -178,14 +175,22 @@ class OnnxRuntimeSession:
             if name in self._inputs:
                 wanted = _NUMPY_TYPES[self._inputs[name].type]
                 binding.bind_cpu_input(name, np.ascontiguousarray(array, dtype=wanted))
-        names = [name for name in self._inputs if name.startswith("past_key_values.")]
-        for name, cache in zip(names, self._caches, strict=True):
+        for name, cache in zip(self._cache_names, self._caches.get(first) or self._empty(len(x)), strict=True):
             binding.bind_ortvalue_input(name, cache)
         for name in self._outputs:
             binding.bind_output(name)
         self.session.run_with_iobinding(binding)
-        result, *self._caches = binding.get_outputs()
+        result, *self._caches[first] = binding.get_outputs()
         return self._last_logits(result.numpy(), last_token_ids)
+
+    @property
+    def _cache_names(self) -> list[str]:
+        return [name for name in self._inputs if name.startswith("past_key_values.")]
+
+    def _empty(self, batch: int) -> list[onnxruntime.OrtValue]:
+        values = [self._inputs[name] for name in self._cache_names]
+        arrays = [np.zeros((batch, *value.shape[1:]), _NUMPY_TYPES[value.type]) for value in values]
+        return [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays]
 
     def _last_logits(self, result: np.ndarray, last_token_ids: np.ndarray) -> np.ndarray:
         """Hidden states as they are; logits float32 ``[B, vocab]``, picked here where the engine computes those of all tokens."""

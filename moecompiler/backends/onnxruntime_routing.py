@@ -24,11 +24,12 @@ class CountingSession(OnnxRuntimeSession):
         self._layers, self._top_k = list(routers), top_k
         self.counts: dict[int, np.ndarray] = {}
 
-    def step(self, x: np.ndarray, position_ids: np.ndarray, last_token_ids: np.ndarray) -> np.ndarray:
+    def step(self, x: np.ndarray, position_ids: np.ndarray, last_token_ids: np.ndarray, first: int = 0) -> np.ndarray:
         """See ``StageSession.step``."""
-        result = super().step(x, position_ids, last_token_ids)
-        kept = len(self._caches) - len(self._layers)
-        shown, self._caches = self._caches[kept:], self._caches[:kept]
+        result = super().step(x, position_ids, last_token_ids, first)
+        outputs = self._caches[first]
+        kept = len(outputs) - len(self._layers)
+        shown, self._caches[first] = outputs[kept:], outputs[:kept]
         for layer, logits in zip(self._layers, shown, strict=True):
             # every way of routing takes the largest logits (``routing``): they differ in the weights alone
             values = logits.numpy()

@@ -30,7 +30,8 @@ class Communicator(Protocol):
         """The group's arrays concatenated along the last axis, in rank order."""
 
     def send(self, array: np.ndarray, to: int) -> None:
-        """Hands an array (any dtype and shape) to one rank, which must ``receive`` it."""
+        """Hands an array (any dtype and shape) to one rank, which must ``receive`` it. Does not wait for that; the array may be
+        changed at once."""
 
     def receive(self, source: int) -> np.ndarray:
         """The next array from one rank."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
@@ -26,6 +27,17 @@ RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", RAN
 _HEADER, _BODY = 1, 2  # message tags
 
 
+@dataclass(frozen=True)
+class _Sent:
+    """A message on its way, and the memory that MPI reads it from."""
+
+    body: np.ndarray
+    requests: tuple[Any, ...]
+
+    def done(self) -> bool:
+        return all(request.Test() for request in self.requests)
+
+
 class MpiCommunicator:
     """This process's ``Communicator``; ``comm`` is an ``mpi4py.MPI.Comm``, by default all processes of the run."""
 
@@ -34,6 +46,7 @@ class MpiCommunicator:
         self.rank: int = self._comm.Get_rank()
         self.world_size: int = self._comm.Get_size()
         self.device: Ways | None = None
+        self._sent: list[_Sent] = []
         self._groups: dict[tuple[int, ...], Any] = {tuple(range(self.world_size)): self._comm}
 
     def all_reduce(self, array: np.ndarray, group: tuple[int, ...]) -> np.ndarray:
@@ -44,8 +57,11 @@ class MpiCommunicator:
         return array if len(group) == 1 else np.concatenate(self._arrays(array, group), axis=-1)
 
     def send(self, array: np.ndarray, to: int) -> None:
-        self._comm.send((array.dtype, array.shape), dest=to, tag=_HEADER)
-        self._comm.Send(np.ascontiguousarray(array).reshape(-1).view(np.uint8), dest=to, tag=_BODY)
+        # a stage of a pipeline goes on to its next micro-batch; what is sent is kept until it is gone
+        self._sent = [each for each in self._sent if not each.done()]
+        body = np.array(array, order="C").reshape(-1).view(np.uint8)
+        header = self._comm.isend((array.dtype, array.shape), dest=to, tag=_HEADER)
+        self._sent.append(_Sent(body, (header, self._comm.Isend(body, dest=to, tag=_BODY))))
 
     def receive(self, source: int) -> np.ndarray:
         dtype, shape = self._comm.recv(source=source, tag=_HEADER)

@@ -23,9 +23,11 @@ class StageSession(Protocol):
     def start(self, batch: int) -> None:
         """Begins a batch with an empty KV cache."""
 
-    def step(self, x: np.ndarray, position_ids: np.ndarray, last_token_ids: np.ndarray) -> np.ndarray:
+    def step(self, x: np.ndarray, position_ids: np.ndarray, last_token_ids: np.ndarray, first: int = 0) -> np.ndarray:
         """``x``: ``input_ids [B, S]`` int64 on the first stage, else ``hidden_states [B, S, H]``; ``position_ids [B, S]``
         int64: the cache slots of these tokens; ``last_token_ids [B]`` int64: the index in S of each sequence's last token.
+        They are of the batch's sequences ``first`` to ``first + B``: all, or a part in which these have gone together from
+        ``start`` on.
 
         Returns ``logits [B, vocab]`` float32 on the last stage, else ``hidden_states [B, S, H]``. Updates the cache.
         """
@@ -60,12 +62,12 @@ class SamplingSession(StageSession, Protocol):
     def start_sampling(self, sampler: Sampler, prompts: list[list[int]], steps: int, keep_logits: bool) -> None:
         """Follows ``start``: the batch gets at most ``steps`` tokens, chosen as ``sampler`` would, whose numbers it takes."""
 
-    def sample(self, x: np.ndarray, position_ids: np.ndarray, last_token_ids: np.ndarray) -> Sampled:
+    def sample(self, x: np.ndarray, position_ids: np.ndarray, last_token_ids: np.ndarray, first: int = 0) -> Sampled:
         """``step``, and the tokens it leads to."""
 
     def sample_next(self) -> Sampled:
-        """A step on the tokens of the last one, whatever they were; only where this stage is the first one too. The device may be
-        a step ahead of what it has returned."""
+        """A step on the tokens of the last one, whatever they were; only where this stage is the first one too, and batches
+        go undivided. The device may be a step ahead of what it has returned."""
 
 
 S = TypeVar("S")

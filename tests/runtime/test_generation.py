@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from moecompiler.errors import UserError
 from moecompiler.mapping import Mapping
 from moecompiler.runtime.communicator import Alone, Communicator
 from moecompiler.runtime.generation import Generation, GenerationOptions, generate
+from moecompiler.runtime.rounds import split_rows
 from moecompiler.runtime.sampling import Sampler, SamplingOptions
 from moecompiler.runtime.session import Sampled
 from moecompiler.runtime.threads import run_in_threads
@@ -22,6 +24,7 @@ MAPPINGS = {
     "pp3, uneven": Mapping.create(pp_size=3),
     "tp2 pp2": Mapping.create(tp_size=2, pp_size=2),
 }
+STEPS = 4
 pytestmark = pytest.mark.timeout(60)
 
 
@@ -176,9 +179,11 @@ def test_logits_that_are_not_finite_are_an_error_on_every_rank() -> None:
     mapping = MAPPINGS["pp2"]
 
     class Broken(ToySession):
-        def step(self, x: np.ndarray, position_ids: np.ndarray, last_token_ids: np.ndarray) -> np.ndarray:
-            y = super().step(x, position_ids, last_token_ids)
-            return np.full_like(y, np.nan) if position_ids[0, 0] > 5 else y
+        def step(
+            self, x: np.ndarray, position_ids: np.ndarray, last_token_ids: np.ndarray, first: int = 0
+        ) -> np.ndarray:
+            y = super().step(x, position_ids, last_token_ids, first)
+            return np.full_like(y, np.nan) if first == 0 and position_ids[0, 0] > 5 else y
 
     def run(communicator: Communicator) -> str:
         with pytest.raises(UserError) as caught:
@@ -199,11 +204,15 @@ class DeviceToy(ToySession):
         self.sampler, self.history, self.keep = sampler, [list(prompt) for prompt in prompts], keep_logits
         self.asked = {"sample": 0, "sample_next": 0}
 
-    def sample(self, x: np.ndarray, position_ids: np.ndarray, last_token_ids: np.ndarray) -> Sampled:
+    def sample(self, x: np.ndarray, position_ids: np.ndarray, last_token_ids: np.ndarray, first: int = 0) -> Sampled:
         self.asked["sample"] += 1
-        logits = self.step(x, position_ids, last_token_ids)
-        self.tokens = self.sampler.choose(logits, self.history)
-        for row, token in zip(self.history, self.tokens, strict=True):
+        logits = self.step(x, position_ids, last_token_ids, first)
+        rows = np.zeros(len(self.history), bool)
+        rows[first : first + len(x)] = True
+        whole = np.zeros((len(self.history), VOCAB), np.float32)
+        whole[rows] = logits
+        self.tokens = self.sampler.choose(whole, self.history, rows)[rows]
+        for row, token in zip(self.history[first:], self.tokens, strict=False):
             row.append(int(token))
         return Sampled(self.tokens, logits if self.keep else None)
 
@@ -218,7 +227,8 @@ class DeviceToy(ToySession):
 @pytest.mark.parametrize("name", ["one", *MAPPINGS])
 @pytest.mark.parametrize("keep_logits", [False, True])
 def test_a_device_that_samples_gives_the_same(name: str, keep_logits: bool) -> None:
-    """Alone it feeds itself after the prefill; among ranks one samples, and is fed. Finished sequences go on there, unseen."""
+    """Alone it feeds itself after the prefill; among ranks one samples, and is fed. Finished sequences go on there, unseen, until
+    all of their micro-batch are."""
     mapping = MAPPINGS.get(name, Mapping())
     sampling = SamplingOptions(temperature=0.8, top_k=12, seed=1, repetition_penalty=1.2)
     options = GenerationOptions(10, sampling, (17, 3), keep_logits)
@@ -236,5 +246,67 @@ def test_a_device_that_samples_gives_the_same(name: str, keep_logits: bool) -> N
     steps = max(map(len, wanted.output_ids))
     (sampling_rank,) = [rank for rank, session in sessions.items() if hasattr(session, "asked")]
     assert sampling_rank == mapping.world_size - mapping.tp_size
-    fed = {"sample": 1, "sample_next": steps - 1} if name == "one" else {"sample": steps, "sample_next": 0}
+    parts = split_rows(len(PROMPTS), mapping.pp_size)
+    of_parts = sum(max(len(wanted.output_ids[i]) for i in rows) for rows in parts)
+    fed = {"sample": 1, "sample_next": steps - 1} if name == "one" else {"sample": of_parts, "sample_next": 0}
     assert sessions[sampling_rank].asked == fed
+
+
+SPLIT = {"tp1": Mapping(), **{name: MAPPINGS[name] for name in ("pp2", "pp3, uneven", "tp2 pp2")}}
+
+
+@pytest.mark.parametrize("sampling", [SamplingOptions(), SamplingOptions(temperature=0.8, top_p=0.9, seed=4)])
+@pytest.mark.parametrize("micro_batches", [2, 3, 9])
+@pytest.mark.parametrize("name", SPLIT)
+def test_micro_batches_give_what_an_undivided_batch_gives(
+    name: str, micro_batches: int, sampling: SamplingOptions
+) -> None:
+    mapping, eos = SPLIT[name], (17, 3)
+
+    def run(count: int) -> list[Generation]:
+        options = GenerationOptions(10, sampling, eos, keep_logits=True, micro_batches=count)
+        return run_in_threads(
+            mapping.world_size,
+            lambda each: generate(ToySession(each, mapping), each, mapping, [*PROMPTS, [3, 1, 4]], options),
+        )
+
+    undivided, divided = run(1), run(micro_batches)
+    assert len({len(output) for output in undivided[0].output_ids}) > 1
+    assert [rank.output_ids for rank in divided] == [rank.output_ids for rank in undivided]
+    assert divided[0].logits is not None
+    # products of numpy's depend, in their last bits, on how many rows there are
+    np.testing.assert_allclose(divided[0].logits, undivided[0].logits, atol=1e-6)
+
+
+def test_a_stage_works_on_a_micro_batch_while_the_next_stage_has_the_one_before() -> None:
+    """Each stage waits, in its step, until the other has begun one too: they would wait for ever if they took turns."""
+    mapping, running = MAPPINGS["pp2"], threading.Barrier(2, timeout=20)
+
+    class Meeting(ToySession):
+        def step(self, *inputs: Any) -> np.ndarray:
+            self.taken = getattr(self, "taken", 0) + 1
+            # the first stage's first step and the second one's last have nobody beside them
+            if self.taken != (1 if self.first else 2 * STEPS):
+                running.wait()
+            return super().step(*inputs)
+
+    def run(communicator: Communicator) -> list[tuple[int, int]]:
+        session = Meeting(communicator, mapping)
+        generate(session, communicator, mapping, PROMPTS[:3], GenerationOptions(STEPS))
+        return session.steps
+
+    assert run_in_threads(2, run) == [[(0, 2), (2, 1)] * STEPS] * 2
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro_batches", "sizes"), [(1, 4, [1]), (4, 2, [2, 2]), (7, 3, [3, 2, 2]), (3, 8, [1, 1, 1])]
+)
+def test_sizes_of_micro_batches(batch: int, micro_batches: int, sizes: list[int]) -> None:
+    rows = split_rows(batch, micro_batches)
+    assert [len(each) for each in rows] == sizes
+    assert [row for each in rows for row in each] == list(range(batch))
+
+
+def test_micro_batches_below_one() -> None:
+    with pytest.raises(UserError, match="--micro_batches 0: give 1 "):
+        GenerationOptions(3, micro_batches=0)

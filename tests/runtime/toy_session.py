@@ -17,7 +17,8 @@ GARBAGE = 50.0
 
 
 class ToySession:
-    """A ``StageSession``; counts in ``batches`` what it was started with."""
+    """A ``StageSession``; notes in ``batches`` what it was started with, and in ``steps`` the first sequence and the number of
+    them of each step."""
 
     vocab_size = VOCAB
 
@@ -33,6 +34,7 @@ class ToySession:
         self.mapping = mapping or Mapping()
         self.max_batch_size, self.max_input_len, self.max_seq_len = max_batch_size, max_input_len, max_seq_len
         self.batches: list[int] = []
+        self.steps: list[tuple[int, int]] = []
 
         rng = np.random.default_rng(3)
         embedding = rng.standard_normal((VOCAB, HIDDEN))
@@ -52,18 +54,19 @@ class ToySession:
         self.batches.append(batch)
         self.caches = [np.full((batch, self.max_seq_len, HIDDEN), GARBAGE) for _ in self.layers]
 
-    def step(self, x: np.ndarray, position_ids: np.ndarray, last_token_ids: np.ndarray) -> np.ndarray:
+    def step(self, x: np.ndarray, position_ids: np.ndarray, last_token_ids: np.ndarray, first: int = 0) -> np.ndarray:
+        self.steps.append((first, len(x)))
         assert position_ids.dtype == last_token_ids.dtype == np.int64
         if self.first:
             assert x.dtype == np.int64
             x = self.embedding[x]
-        rows = np.arange(len(x))[:, None]
+        rows, cached = np.arange(len(x))[:, None], slice(first, first + len(x))
         slots = np.arange(self.max_seq_len)
         distance = position_ids[:, :, None] - slots  # [B, S, T]
         weights = np.where(distance >= 0, np.exp(-0.1 * distance) * (1 + slots % 5), 0)
         for cache, matrix in zip(self.caches, self.layers, strict=True):
-            cache[rows, position_ids] = x
-            seen = (weights / weights.sum(-1, keepdims=True)) @ cache
+            cache[first + rows, position_ids] = x
+            seen = (weights / weights.sum(-1, keepdims=True)) @ cache[cached]
             part = np.ascontiguousarray(seen[..., self.columns] @ matrix)
             x = np.sin(x + 2 * self.communicator.all_reduce(part, self.group))
         if not self.last:
