@@ -40,48 +40,47 @@ class Caches:
     def __init__(self, engine: Engine, sequences: int, aliases: Mapping[str, str]):
         self._engine = engine
         self._caches = [self._make(name, sequences, aliases) for name in engine.caches]
-        self._steps = 0
+        self._steps: dict[int, int] = {}  # of each part of the batch, by its first sequence
         self._turns = max((len(cache.buffers) for cache in self._caches), default=1)
 
-    @property
-    def turn(self) -> int:
-        """What decides which buffers a step reads and writes."""
-        return self._steps % self._turns
+    def turn(self, part: int) -> int:
+        """What decides which buffers a step reads and writes, of the part of the batch that begins with sequence ``part``."""
+        return self._steps.get(part, 0) % self._turns
 
     def start(self, rows: int) -> None:
         """Empties the caches of the first ``rows`` sequences."""
-        self._steps = 0
+        self._steps.clear()
         for cache in self._caches:
             for buffer in cache.buffers:
                 self._engine.stream.zero(buffer.pointer, rows * cache.row_bytes)
 
-    def advance(self) -> None:
+    def advance(self, part: int) -> None:
         """What has been written is read next."""
-        self._steps += 1
+        self._steps[part] = self._steps.get(part, 0) + 1
 
-    def bind(self, context: Any, rows: int, first: int) -> None:
-        """A step of ``rows`` sequences, the first of which is number ``first``."""
+    def bind(self, context: Any, rows: int, part: int, row: int = 0) -> None:
+        """A step of ``rows`` sequences, the first of which is number ``row`` of its part of the batch."""
         for cache in self._caches:
-            read, written = cache.pointers(self.turn, first)
+            read, written = cache.pointers(self.turn(part), part + row)
             context.set_input_shape(cache.source, (rows, *cache.shape[1:]))
             context.set_tensor_address(cache.source, read)
             context.set_tensor_address(cache.output, written)
 
     def read(self, batch: int) -> dict[str, np.ndarray]:
-        """By the names of the graph's outputs, ``[batch, kv_heads, slots, head_dim]``."""
+        """Of an undivided batch, by the names of the graph's outputs: ``[batch, kv_heads, slots, head_dim]``."""
         arrays = {}
         for cache in self._caches:
             array = np.empty((batch, *cache.shape[1:]), cache.dtype)
-            self._engine.stream.download(array, cache.pointers(self.turn, 0)[0])
+            self._engine.stream.download(array, cache.pointers(self.turn(0), 0)[0])
             arrays[cache.output] = array
         self._engine.stream.synchronize()
         return arrays
 
     def write(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """By the names of the graph's inputs."""
+        """Of an undivided batch, by the names of the graph's inputs."""
         for cache in self._caches:
             array = np.ascontiguousarray(arrays[cache.source], cache.dtype)
-            self._engine.stream.upload(cache.pointers(self.turn, 0)[0], array)
+            self._engine.stream.upload(cache.pointers(self.turn(0), 0)[0], array)
             self._engine.stream.synchronize()
 
     def _make(self, source: str, sequences: int, aliases: Mapping[str, str]) -> Cache:

@@ -100,12 +100,12 @@ class DeviceSampling:
         """How many steps' tokens were copied since the start."""
         return self._copied
 
-    def take(self, batch: int) -> np.ndarray:
-        """The tokens of the oldest step that were not taken, ``[batch]``, waited for."""
+    def take(self, batch: int, first: int = 0) -> np.ndarray:
+        """The tokens of the oldest step that were not taken, of ``batch`` sequences from number ``first`` on, waited for."""
         slot = self._taken % _SLOTS
         self._events[slot].wait()
         self._taken += 1
-        return self._slot(slot)[:batch].copy()
+        return self._slot(slot)[first : first + batch].copy()
 
     def _slot(self, slot: int) -> Any:
         return self._host.array[: _SLOTS * self._rows * 8].view(np.int64).reshape(_SLOTS, self._rows)[slot]

@@ -3,6 +3,9 @@
 A decode step of one batch bucket and one turn of the caches, with the choice of tokens or without, is one graph, captured when
 it runs for the second time (the first loads what it needs). Where this stage is all there is, such a step hands its tokens and
 positions to the next one on the GPU, and the host, which only looks at the tokens, is a step behind.
+
+A batch may come in parts, each of the same sequences from ``start`` on. A part decodes in exactly its rows, since the rows that
+would fill up a bucket are the next part's; it has feeds, contexts and graphs of its own.
 """
 
 from __future__ import annotations
@@ -54,6 +57,7 @@ class TensorRTSession:
         self._caches = Caches(self._engine, self.max_batch_size, record.aliases)
         self._prefill_feeds = Feeds(self._engine, (self._prefill_rows, self.max_input_len))
         self._feeds = Feeds(self._engine, (self.max_batch_size, 1))
+        self._part_feeds: dict[tuple[int, int], Feeds] = {}
         self._engine.make_context(_PREFILL, PREFILL)
         self._sampling = self._make_sampling(sampling, limits) if sampling is not None else None
         self._ran: set[Any] = set()
@@ -63,7 +67,7 @@ class TensorRTSession:
     def close(self) -> None:
         """Gives all back; nothing else may be called then."""
         self._release()
-        for name in ("_sampling", "_unread", "_caches", "_prefill_feeds", "_feeds", "_engine"):
+        for name in ("_sampling", "_unread", "_caches", "_prefill_feeds", "_feeds", "_part_feeds", "_engine"):
             self.__dict__.pop(name, None)
 
     @property
@@ -78,24 +82,24 @@ class TensorRTSession:
     def start(self, batch: int) -> None:
         """Begins a batch with an empty KV cache."""
         self._batch = batch
-        self._caches.start(self._rows)
+        self._caches.start(self._rows(batch))
 
-    def step(self, x: np.ndarray, position_ids: np.ndarray, last_token_ids: np.ndarray) -> np.ndarray:
+    def step(self, x: np.ndarray, position_ids: np.ndarray, last_token_ids: np.ndarray, first: int = 0) -> np.ndarray:
         """See ``StageSession.step``."""
-        result = self.run(x, position_ids, last_token_ids)
+        result = self.run(x, position_ids, last_token_ids, first)
         if self._engine.output == "logits" and result.ndim == 3:
             result = result[np.arange(len(result)), last_token_ids]
         return result.astype(np.float32)
 
-    def run(self, x: np.ndarray, position_ids: np.ndarray, last_token_ids: np.ndarray) -> np.ndarray:
+    def run(self, x: np.ndarray, position_ids: np.ndarray, last_token_ids: np.ndarray, first: int = 0) -> np.ndarray:
         """The engine's first output as it is, for all rows."""
-        arrays = self._named(x, position_ids, last_token_ids)
+        arrays, batch = self._named(x, position_ids, last_token_ids), len(position_ids)
         if position_ids.shape[1] == 1:
-            self._feeds.upload(arrays, self._rows)
-            return self._feeds.download(self._decode(None))[: self._batch]
+            feeds = self._decode_feeds(batch, first)
+            feeds.upload(arrays, self._rows(batch))
+            return feeds.download(self._decode(None, batch, first))[:batch]
         context = self._engine.contexts[_PREFILL]
-        parts = [self._prefill_feeds.download(context) for _ in self._prefill(arrays)]
-        return np.concatenate(parts)
+        return np.concatenate([self._prefill_feeds.download(context) for _ in self._prefill(arrays, first)])
 
     def start_sampling(self, sampler: Sampler, prompts: list[list[int]], steps: int, keep_logits: bool) -> None:
         """See ``SamplingSession.start_sampling``."""
@@ -103,32 +107,32 @@ class TensorRTSession:
         self._feeds.clear()  # rows that fill up a bucket feed tokens and positions too
         self._steps, self._keep_logits = steps, keep_logits
 
-    def sample(self, x: np.ndarray, position_ids: np.ndarray, last_token_ids: np.ndarray) -> Sampled:
+    def sample(self, x: np.ndarray, position_ids: np.ndarray, last_token_ids: np.ndarray, first: int = 0) -> Sampled:
         """See ``SamplingSession.sample``."""
-        arrays, logits = self._named(x, position_ids, last_token_ids), list[np.ndarray]()
+        arrays, batch, logits = self._named(x, position_ids, last_token_ids), len(position_ids), list[np.ndarray]()
         if position_ids.shape[1] == 1:
-            self._feeds.upload(arrays, self._rows)
-            return self._sampled(self._decode(self._sampler))
+            self._decode_feeds(batch, first).upload(arrays, self._rows(batch))
+            return self._sampled(self._decode(self._sampler, batch, first), batch, first)
         context = self._engine.contexts[_PREFILL]
         last = np.take_along_axis(position_ids, last_token_ids[:, None], axis=1)
-        self._engine.stream.upload(self._feeds.buffers["position_ids"].pointer, last)
-        for row, rows in self._prefill(arrays):
-            self._sampler.enqueue(rows, row, self._prefill_feeds.buffers[self._engine.output].pointer)
+        self._engine.stream.upload(self._feeds.buffers["position_ids"].pointer + first * last.itemsize, last)
+        for row, rows in self._prefill(arrays, first):
+            self._sampler.enqueue(rows, first + row, self._prefill_feeds.buffers[self._engine.output].pointer)
             if self._keep_logits:
                 logits.append(self._prefill_feeds.download(context).astype(np.float32))
         self._sampler.copy_out()
-        return Sampled(self._sampler.take(self._batch), np.concatenate(logits) if logits else None)
+        return Sampled(self._sampler.take(batch, first), np.concatenate(logits) if logits else None)
 
     def sample_next(self) -> Sampled:
         """See ``SamplingSession.sample_next``."""
         sampler = self._sampler
         if not sampler.ahead:
-            context = self._decode(sampler)
+            context = self._decode(sampler, self._batch, 0)
             if self._keep_logits:
-                return self._sampled(context)
+                return self._sampled(context, self._batch, 0)
             sampler.copy_out()
         if sampler.steps < self._steps:
-            self._decode(sampler)
+            self._decode(sampler, self._batch, 0)
             sampler.copy_out()
         return Sampled(sampler.take(self._batch), None)
 
@@ -141,10 +145,17 @@ class TensorRTSession:
         outputs = {self._engine.output: result} | self._caches.read(self._batch)
         return {name: array.astype(np.float32) for name, array in outputs.items()}
 
-    @property
-    def _rows(self) -> int:
-        """The batch's bucket; rows that fill it up write to cache rows that nobody reads."""
-        return bucket_of(self._batch, self.max_batch_size)
+    def _rows(self, batch: int) -> int:
+        """Of the whole batch the bucket, where rows that fill it up write to cache rows that nobody reads; of a part its own."""
+        return bucket_of(batch, self.max_batch_size) if batch == self._batch else batch
+
+    def _decode_feeds(self, batch: int, first: int) -> Feeds:
+        """Those of the batch, or of its first part, are what a device that is alone hands on to itself."""
+        if first == 0:
+            return self._feeds
+        if (batch, first) not in self._part_feeds:
+            self._part_feeds[batch, first] = Feeds(self._engine, (batch, 1))
+        return self._part_feeds[batch, first]
 
     @property
     def _sampler(self) -> DeviceSampling:
@@ -155,40 +166,43 @@ class TensorRTSession:
     def _named(self, x: np.ndarray, position_ids: np.ndarray, last_token_ids: np.ndarray) -> dict[str, np.ndarray]:
         return {self._engine.main: x, "position_ids": position_ids, "last_token_ids": last_token_ids}
 
-    def _sampled(self, context: Any) -> Sampled:
+    def _sampled(self, context: Any, batch: int, first: int) -> Sampled:
         """What the decode step that was enqueued last gives."""
         self._sampler.copy_out()
-        logits = self._feeds.download(context)[: self._batch].astype(np.float32) if self._keep_logits else None
-        return Sampled(self._sampler.take(self._batch), logits)
+        logits = None
+        if self._keep_logits:
+            logits = self._decode_feeds(batch, first).download(context)[:batch].astype(np.float32)
+        return Sampled(self._sampler.take(batch, first), logits)
 
-    def _prefill(self, arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[int, int]]:
-        """Enqueues slices of the batch, one after another: the first row of each and how many there are. Waits for a slice before
-        the next one, which goes through the same memory."""
+    def _prefill(self, arrays: Mapping[str, np.ndarray], first: int) -> Iterator[tuple[int, int]]:
+        """Enqueues slices of a part of the batch, one after another: the first row of each in it, and how many there are. Waits
+        for a slice before the next one, which goes through the same memory."""
         context, stream = self._engine.contexts[_PREFILL], self._engine.stream
-        for row in range(0, self._batch, self._prefill_rows):
+        for row in range(0, len(arrays["position_ids"]), self._prefill_rows):
             part = {name: array[row : row + self._prefill_rows] for name, array in arrays.items()}
             rows, length = part["position_ids"].shape
             self._prefill_feeds.bind(context, (rows, length))
-            self._caches.bind(context, rows, row)
+            self._caches.bind(context, rows, first, row)
             self._prefill_feeds.upload(part, rows)
             self._engine.enqueue(_PREFILL)
             yield row, rows
             stream.synchronize()
-        self._caches.advance()
+        self._caches.advance(first)
 
-    def _decode(self, sampling: DeviceSampling | None) -> Any:
-        """Enqueues one token of every sequence, and the choice of the next: the step's context."""
-        key = self._rows, self._caches.turn
+    def _decode(self, sampling: DeviceSampling | None, batch: int, first: int) -> Any:
+        """Enqueues one token of every sequence of a part, and the choice of the next: the step's context."""
+        rows, feeds = self._rows(batch), self._decode_feeds(batch, first)
+        key = rows, first, self._caches.turn(first)
         context = self._engine.contexts.get(key)
         if context is None:
             context = self._engine.make_context(key, DECODE)
-            self._feeds.bind(context, (self._rows, 1))
-            self._caches.bind(context, self._rows, 0)
+            feeds.bind(context, (rows, 1))
+            self._caches.bind(context, rows, first)
 
         def work() -> None:
             self._engine.enqueue(key)
             if sampling is not None:
-                sampling.enqueue(self._rows, 0, self._feeds.buffers[self._engine.output].pointer)
+                sampling.enqueue(rows, first, feeds.buffers[self._engine.output].pointer)
 
         graphs, way = self._engine.graphs, (*key, sampling and sampling.greedy)
         if way not in graphs and way in self._ran and self._capturable:
@@ -198,7 +212,7 @@ class TensorRTSession:
         else:
             work()
             self._ran.add(way)
-        self._caches.advance()
+        self._caches.advance(first)
         return context
 
     def _make_sampling(self, kernels: SamplingKernels, limits: EngineLimits) -> DeviceSampling:
