@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
-from types import SimpleNamespace
 
-import interpreted
 import pytest
 import torch
 from interpreted import interpreter
 from test_compile import assert_fits, fresh_cache  # noqa: F401
 
-from moecompiler.plugins.launch import AnyKernel, CudaKernel, Dims, Input, Launch, Output, Tactic, TensorMap, Workspace
+from moecompiler.plugins.interpreted import run_launch
+from moecompiler.plugins.launch import CudaKernel, Dims, Input, Launch, Output, Tactic, TensorMap, Workspace
 from moecompiler.plugins.moe.tiles import Sizes
 from moecompiler.plugins.quantized.grouped_fp8 import linear_tactics, moe_tactics
 from moecompiler.tools.kernel_timing import relative_error
@@ -94,23 +92,16 @@ def stand_in(kernel: CudaKernel, launch: Launch, memory: Memory, dtype: torch.dt
         first += count
 
 
-def _alone(kernel: AnyKernel) -> AnyKernel:
-    """Not overlapped with others: the interpreter has no grids that wait."""
-    constants = tuple((name, False if name == "OVERLAPPED" else value) for name, value in kernel.constants)
-    return replace(kernel, constants=constants)
-
-
 def run(tactic: Tactic, inputs: list[torch.Tensor], output: torch.Tensor, dims: Dims) -> torch.Tensor:
     """In the interpreter's process."""
-    interpreted._TYPES["*i8"] = torch.int8
-    alone = SimpleNamespace(kernels=[_alone(kernel) for kernel in tactic.kernels])
     workspace = torch.full((tactic.workspace(dims) + 16,), 0x7F, dtype=torch.uint8)
+    addresses = [each.data_ptr() for each in inputs], [output.data_ptr()], workspace.data_ptr()
     for launch in tactic.launches(dims):
         kernel = tactic.kernels[launch.kernel]
         if isinstance(kernel, CudaKernel):
             stand_in(kernel, launch, Memory(inputs, output, workspace), output.dtype)
         else:
-            interpreted._launch(alone, launch, inputs, [output], workspace)
+            run_launch(kernel, launch, *addresses)
     return output
 
 

@@ -1,0 +1,82 @@
+"""What Triton's interpreter (3.7) lacks, added in the process that interprets.
+
+- bfloat16: it keeps one as the bits of an unsigned integer and then multiplies and adds these as integers, and where it rounds to
+  one, a carry out of the mantissa is lost. Here such arrays are of ml_dtypes' type, whose arithmetic numpy knows, rounded to the
+  nearest even as on the GPU.
+- Speed: it replaces the functions of ``triton.language`` again whenever a kernel calls a function.
+- On a GPU, overflow and undefined operations give infinity and NaN without a word.
+
+``triton`` is imported with this module: only where ``TRITON_INTERPRET`` is set.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def mend() -> None:
+    """Changes the interpreter of this process."""
+    np.seterr(all="ignore")
+    _mend_bfloat16()
+    _patch_once()
+
+
+def _mend_bfloat16() -> None:
+    known, builder = interpreter._get_np_dtype, interpreter.InterpreterBuilder
+    load, cast, convert = interpreter._interpreter.load, builder.cast_impl, builder.create_fp_to_fp
+
+    def numpy_dtype(kind: Any) -> np.dtype:
+        element = kind.element_ty if isinstance(kind, tl.block_type) else kind
+        return _BFLOAT16 if element == tl.bfloat16 else known(kind)
+
+    def masked_load(self: Any, ptrs: Any, mask: Any, other: Any, *how: Any, **more: Any) -> Any:
+        kind = ptrs.get_element_ty()
+        dtype = numpy_dtype(kind)
+        bits = np.dtype(np.uint16) if dtype == _BFLOAT16 else dtype
+        rest = np.zeros(ptrs.data.shape, bits) if other is None else other.data.astype(dtype, copy=False).view(bits)
+        return interpreter.TensorHandle(load(ptrs.data, mask.data, rest, bits).view(dtype), kind)
+
+    def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *how: Any, **more: Any) -> Any:
+        data = value.data.view(np.uint16) if value.data.dtype == _BFLOAT16 else value.data
+        return interpreter._interpreter.store(ptrs.data, data, mask.data)
+
+    def between(other: Callable[..., Any]) -> Callable[..., Any]:
+        def impl(self: Any, source: Any, target: Any, *rounding: Any) -> Any:
+            kinds = source.dtype.scalar, target.scalar
+            if tl.bfloat16 not in kinds or any(each.primitive_bitwidth < 16 and each.is_floating() for each in kinds):
+                return other(self, source, target, *rounding)
+            return interpreter.TensorHandle(source.data.astype(numpy_dtype(target)), target.scalar)
+
+        return impl
+
+    interpreter._get_np_dtype = numpy_dtype
+    builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
+    builder.cast_impl, builder.create_fp_to_fp = between(cast), between(convert)
+
+
+def _patch_once() -> None:
+    """This process runs nothing but interpreted kernels, so what is patched stays so."""
+    patch, patched = interpreter._patch_lang, set[frozenset[int]]()
+
+    class Kept:
+        def restore(self) -> None:
+            """Nothing."""
+
+    def patch_language(function: Any) -> Kept:
+        modules = (value for value in function.__globals__.values() if inspect.ismodule(value))
+        languages = frozenset(id(module) for module in modules if module in (tl, tl.core))
+        if languages not in patched:
+            patch(function)
+            patched.add(languages)
+        return Kept()
+
+    interpreter._patch_lang = patch_language
