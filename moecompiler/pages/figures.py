@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+import math
+
 
 def figure(value: float) -> str:
     """An error, in two digits."""
-    return "0" if value == 0 else f"{value:.1e}"
+    return "0" if value == 0 else f"{value:.1e}" if math.isfinite(value) else _no_number(value)
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """A number as short as its digits let it be: ``0.5``, ``12.3``, ``1.2e+05``."""
+    return f"{value:.{digits}g}" if math.isfinite(value) else _no_number(value)
+
+
+def byte_size(count: int) -> str:
+    """In powers of 1000, as disks and memories are sold: ``1.5 GB``."""
+    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 999.5 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.0f} B" if units[0] == "B" else f"{size:.3g} {units[0]}"
+
+
+def _no_number(value: float) -> str:
+    return "NaN" if math.isnan(value) else "∞" if value > 0 else "−∞"
 
 
 def duration(seconds: float) -> str:

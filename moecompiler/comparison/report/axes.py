@@ -1,0 +1,95 @@
+"""Axes of plots: where a value is drawn, in percent of the way along, and what is written beside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+_SLOT = 7.0  # percent of a logarithmic axis for what it cannot hold: zeros at its start, what is not finite at its end
+_MOST_TICKS = 7
+
+
+@dataclass(frozen=True)
+class Tick:
+    place: float
+    text: str
+
+
+@dataclass(frozen=True)
+class LogAxis:
+    """From ``10 ** low`` to ``10 ** high``; ``zeros`` and ``beyond``: whether there is a place for 0 and for what is no finite
+    number."""
+
+    low: int
+    high: int
+    zeros: bool = False
+    beyond: bool = False
+
+    @staticmethod
+    def of(values: Iterable[float]) -> LogAxis:
+        """The whole decades that hold the values; one below 0, which rounding makes of a small one, counts as 0."""
+        known = list(values)
+        positive = [value for value in known if value > 0 and math.isfinite(value)]
+        low = math.floor(math.log10(min(positive, default=1e-3)))
+        high = max(math.ceil(math.log10(max(positive, default=1.0))), low + 1)
+        return LogAxis(low, high, any(value <= 0 for value in known), any(not math.isfinite(value) for value in known))
+
+    def at(self, value: float) -> float:
+        """Percent from the axis's start."""
+        if not math.isfinite(value):
+            return 100 - _SLOT / 4
+        if value <= 0:
+            return _SLOT / 4
+        return self._decade(math.log10(value))
+
+    def ticks(self) -> tuple[Tick, ...]:
+        step = math.ceil((self.high - self.low) / (_MOST_TICKS - 1))
+        decades = [Tick(self._decade(power), f"1e{power}") for power in range(self.low, self.high + 1, step)]
+        zero = [Tick(self.at(0), "0")] if self.zeros else []
+        return (*zero, *decades, *([Tick(self.at(math.inf), "∞")] if self.beyond else []))
+
+    def _decade(self, power: float) -> float:
+        start, end = (_SLOT if self.zeros else 0.0), 100 - (_SLOT if self.beyond else 0.0)
+        return start + (end - start) * (power - self.low) / (self.high - self.low)
+
+
+@dataclass(frozen=True)
+class LinearAxis:
+    """From 0 to ``high``."""
+
+    high: float
+
+    @staticmethod
+    def of(values: Iterable[float]) -> LinearAxis:
+        """To the next 1, 2 or 5 times a power of ten."""
+        most = max(values, default=0.0)
+        if most <= 0:
+            return LinearAxis(1.0)
+        power = 10.0 ** math.floor(math.log10(most))
+        return LinearAxis(next(step * power for step in (1, 2, 5, 10) if step * power >= most))
+
+    def at(self, value: float) -> float:
+        return 100 * value / self.high
+
+    def percents(self) -> tuple[Tick, ...]:
+        """Ticks for an axis of shares."""
+        return tuple(Tick(100 * part, f"{100 * part * self.high:.3g}%") for part in (0, 0.25, 0.5, 0.75, 1))
+
+
+def numbered(labels: Sequence[str], most: int = 9) -> tuple[Tick, ...]:
+    """Ticks for things side by side, one step apart, of which ``most`` are named; a label may be empty."""
+    named = [index for index, label in enumerate(labels) if label]
+    step = math.ceil(len(named) / most) or 1
+    return tuple(Tick(across(index, len(labels)), labels[index]) for index in named[::step])
+
+
+def bounds(labels: Sequence[str], most: int = 7) -> tuple[Tick, ...]:
+    """Ticks between things side by side: one label more than there are things."""
+    step = math.ceil((len(labels) - 1) / most) or 1
+    return tuple(Tick(100 * index / max(len(labels) - 1, 1), label) for index, label in enumerate(labels))[::step]
+
+
+def across(index: int, count: int) -> float:
+    """Where the middle of the ``index``-th of ``count`` things side by side is."""
+    return 100 * (index + 0.5) / count

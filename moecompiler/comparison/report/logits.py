@@ -1,0 +1,228 @@
+"""The model as a whole: how far logits are off, the divergence along the text, and what each program would write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+
+from moecompiler.comparison.report.axes import LinearAxis, LogAxis, Tick, across, bounds, numbered
+from moecompiler.comparison.report.plots import Bar, Bars, Curve, Mark, Plot, pointer
+from moecompiler.comparison.report.programs import Shown
+from moecompiler.comparison.result import GreedyText, ModelLevel, Token
+from moecompiler.pages.figures import counted, figure, significant
+
+KL_STEPS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # nats: the same in every report, so that two can be held side by side
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A token of the text; ``step``: how many of ``KL_STEPS`` its divergence reaches."""
+
+    text: str
+    step: int
+    source: str
+    tip: str
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Tokens that were run one after the other in one way."""
+
+    row: int
+    phase: str
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Strip:
+    """The text as one program's divergence colours it."""
+
+    program: Shown
+    passages: tuple[Passage, ...]
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """``same``: the text up to the first token that is not the reference's; ``other``: that token; ``rest``: what follows."""
+
+    title: str
+    style: str
+    same: str
+    other: str
+    rest: str
+    said: str
+    tie: bool
+
+
+@dataclass(frozen=True)
+class Histogram:
+    groups: tuple[Bars, ...]
+    y_ticks: tuple[Tick, ...]
+    x_ticks: tuple[Tick, ...]
+    summary: str
+
+
+def histogram(level: ModelLevel, programs: Mapping[str, Shown]) -> Histogram:
+    """Shares of the logits by error, without bins at either end in which no program has any."""
+    edges = level.programs[0].errors.edges
+    filled = [
+        index
+        for index in range(len(edges) - 1)
+        if any(each.errors.counts[index] for each in level.programs if index < len(each.errors.counts))
+    ]
+    bins = range(min(filled, default=0), max(filled, default=-1) + 1)
+    totals = [sum(each.errors.counts) for each in level.programs]
+    shares = [
+        [each.errors.counts[index] / total if total else 0.0 for index in bins]
+        for each, total in zip(level.programs, totals, strict=True)
+    ]
+    axis = LinearAxis.of(share for row in shares for share in row)
+    groups = []
+    for column, index in enumerate(bins):
+        label = _bin(edges[index], edges[index + 1])
+        bars = []
+        for number, each in enumerate(level.programs):
+            count, share = each.errors.counts[index], shares[number][column]
+            program = programs[each.program]
+            bars.append(
+                Bar(
+                    program.style,
+                    axis.at(share),
+                    f"{share:.2%}",
+                    pointer("model", "programs", number, "errors", "counts", index),
+                    f"error {label}, {program.title}: {counted(count, 'logit')}, {share:.3%}",
+                )
+            )
+        groups.append(Bars(label, tuple(bars)))
+    marked = [_power(edge) for edge in edges[bins.start : bins.stop + 1]] if bins else []
+    said = ", ".join(f"{programs[each.program].title} at most {figure(each.max_abs)}" for each in level.programs)
+    return Histogram(tuple(groups), axis.percents(), bounds(marked), f"Errors of logits in absolute value: {said}")
+
+
+def kl_plot(level: ModelLevel, programs: Mapping[str, Shown]) -> Plot:
+    axis = LogAxis.of(value for each in level.programs for value in each.kl)
+    curves = tuple(
+        Curve(
+            programs[each.program].style,
+            tuple(
+                Mark(
+                    across(index, len(each.kl)),
+                    axis.at(value),
+                    pointer("model", "programs", number, "kl", index),
+                    _kl_tip(level, programs, index),
+                )
+                for index, value in enumerate(each.kl)
+            ),
+        )
+        for number, each in enumerate(level.programs)
+    )
+    said = ", ".join(f"{programs[each.program].title} {figure(each.mean_kl)} in the mean" for each in level.programs)
+    return Plot(
+        "Divergence along the text",
+        f"KL divergence from the reference after {counted(len(level.tokens), 'token')}: {said}",
+        "token",
+        "KL, nats",
+        numbered([str(index) for index in range(len(level.tokens))]),
+        axis.ticks(),
+        curves,
+    )
+
+
+def strips(level: ModelLevel, programs: Mapping[str, Shown]) -> list[Strip]:
+    found = []
+    for number, each in enumerate(level.programs):
+        indexed = [(token, index) for index, token in enumerate(level.tokens)]
+        passages = [
+            Passage(
+                row,
+                phase,
+                tuple(
+                    Piece(
+                        visible(token.text),
+                        sum(not each.kl[index] < step for step in KL_STEPS),
+                        pointer("model", "programs", number, "kl", index),
+                        _kl_tip(level, programs, index),
+                    )
+                    for token, index in members
+                ),
+            )
+            for (row, phase), members in groupby(indexed, key=lambda pair: (pair[0].row, pair[0].phase))
+        ]
+        found.append(Strip(programs[each.program], tuple(passages)))
+    return found
+
+
+def kl_legend() -> list[str]:
+    """What each step of the strip's colours stands for, from the least."""
+    steps = [figure(step) for step in KL_STEPS]
+    between = [f"{low} to {high}" for low, high in pairwise(steps)]
+    return [f"under {steps[0]}", *between, f"{steps[-1]} and more"]
+
+
+def continuations(text: GreedyText, programs: Mapping[str, Shown]) -> Iterator[Continuation]:
+    """The reference's, then each program's, parted where it first differs."""
+    yield Continuation("reference", "p0", "".join(text.reference), "", "", "", False)
+    for each in text.programs:
+        program = programs[each.program]
+        before, after = each.texts[: each.equal], each.texts[each.equal :]
+        if each.margin is None:
+            said = f"the same {counted(len(each.texts), 'token')}"
+        else:
+            wanted = text.reference[each.equal] if each.equal < len(text.reference) else ""
+            got = after[0] if after else ""
+            error = (
+                "" if each.error is None else f"; the program’s largest error of a logit there is {figure(each.error)}"
+            )
+            said = (
+                f"token {each.equal + 1} is “{visible(got)}”, the reference has “{visible(wanted)}” and prefers it by"
+                f" {significant(each.margin)} logits{error}"
+            )
+        yield Continuation(
+            program.title, program.style, "".join(before), "".join(after[:1]), "".join(after[1:]), said, each.tie
+        )
+
+
+def visible(text: str) -> str:
+    """A token's text with its line ends to be seen; the line still ends."""
+    return text.replace("\n", "⏎\n") or "∅"
+
+
+def _kl_tip(level: ModelLevel, programs: Mapping[str, Shown], index: int) -> str:
+    values = [f"{programs[each.program].title}: KL {figure(each.kl[index])}" for each in level.programs]
+    return "\n".join((_where(level.tokens[index], index), *values))
+
+
+def _where(token: Token, index: int) -> str:
+    shown = token.text.replace("\n", "⏎")
+    return f"{index}: after “{shown}”, row {token.row}, position {token.position}, {token.phase}"
+
+
+def _bin(low: float, high: float) -> str:
+    if low == 0:
+        return f"< {_power(high)}"
+    return f"≥ {_power(low)}" if math.isinf(high) else f"{_power(low)}…{_power(high)}"
+
+
+def _power(value: float) -> str:
+    return "0" if value == 0 else "∞" if math.isinf(value) else f"1e{round(math.log10(value))}"
+
+
+def replayed_rows(
+    levels: Sequence[tuple[str, ModelLevel, tuple[str, ...]]],
+) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """Of each (title, level, keys in the result) and program: name, title, and its figures with their sources."""
+    rows = []
+    for title, level, at in levels:
+        for number, each in enumerate(level.programs):
+            cells = [
+                (figure(each.mean_kl), "mean_kl"),
+                (f"{each.top1:.2%}", "top1"),
+                (f"{each.top5:.2%}", "top5"),
+                (figure(each.max_abs), "max_abs"),
+                (figure(each.relative), "relative"),
+                (f"{each.perplexity:.4f}", "perplexity"),
+            ]
+            rows.append((each.program, title, [(text, pointer(*at, "programs", number, key)) for text, key in cells]))
+    return rows

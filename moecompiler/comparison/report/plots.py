@@ -1,0 +1,95 @@
+"""Plots as shapes with places, in percent of their area: what the template writes as SVG. Each mark says which number of
+``result.json`` it shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from moecompiler.comparison.report.axes import Tick
+
+_FEW_MARKS = 70  # in a row; of more the line is drawn without dots
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A value at ``x`` percent from the left and ``y`` from the bottom. ``source`` is a JSON pointer (RFC 6901) into the result;
+    ``tip`` all that can be said of it. ``style``: a CSS class more."""
+
+    x: float
+    y: float
+    source: str
+    tip: str
+    style: str = ""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """``style`` is the program's CSS class; ``line``: whether marks are joined; ``thin``: a line without marks of its own."""
+
+    style: str
+    marks: tuple[Mark, ...]
+    line: bool = True
+    thin: bool = False
+
+    @property
+    def path(self) -> str:
+        """An SVG path in a square of 100."""
+        points = (f"{mark.x:.2f} {100 - mark.y:.2f}" for mark in self.marks)
+        return f"M{'L'.join(points)}" if self.line and self.marks else ""
+
+    @property
+    def dense(self) -> bool:
+        return self.line and len(self.marks) > _FEW_MARKS
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A horizontal line, as of a bound."""
+
+    y: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Plot:
+    """``summary`` is what the plot shows in words, for who does not see it."""
+
+    title: str
+    summary: str
+    x_title: str
+    y_title: str
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    curves: tuple[Curve, ...]
+    rules: tuple[Rule, ...] = ()
+
+
+@dataclass(frozen=True)
+class Bar:
+    """``share``: its length, in percent of the longest there may be."""
+
+    style: str
+    share: float
+    text: str
+    source: str
+    tip: str
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Bars side by side under one label."""
+
+    label: str
+    bars: tuple[Bar, ...]
+
+
+def pointer(*parts: str | int) -> str:
+    """A JSON pointer; the parts are keys and places."""
+    return "".join(f"/{str(part).replace('~', '~0').replace('/', '~1')}" for part in parts)
+
+
+def runs(values: Sequence[str]) -> list[tuple[str, int]]:
+    """Equal neighbours together, each with how many they are."""
+    return [(value, len(list(members))) for value, members in groupby(values)]
