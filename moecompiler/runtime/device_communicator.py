@@ -37,12 +37,17 @@ class DeviceCommunicator(Protocol):
         ...
 
     def check(self) -> None:
-        """Called by whoever has waited for the stream. Raises: RuntimeError where what lies there is not to be used, since a peer did
-        not come."""
+        """Called by whoever has waited for the stream. Raises: RuntimeError where what lies there is not to be used, since a peer
+        did not come."""
+        ...
+
+    def leave(self) -> None:
+        """All ranks together, when none has work on its stream: lets go of what is the peers'. Before ``close``, save where a
+        rank has failed."""
         ...
 
     def close(self) -> None:
-        """Gives all back, peers' memory first; called by all ranks, when none has work on its stream."""
+        """Gives all back, without a word to the peers."""
         ...
 
 
@@ -84,6 +89,10 @@ class Ways:
     def check(self) -> None:
         for each in self.ways:
             each.check()
+
+    def leave(self) -> None:
+        for each in self.ways:
+            each.leave()
 
     def close(self) -> None:
         for each in self.ways:

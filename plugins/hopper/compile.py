@@ -11,7 +11,7 @@ from moecompiler.plugins.launch import Cubin, CudaKernel
 
 
 def compile_cuda(kernel: CudaKernel, sm: int) -> Cubin:
-    """Compiles for compute capability ``sm``, with the features that only this one has (``sm_90a``).
+    """Compiles for compute capability ``sm``, from 9.0 on with the features that only this one has (``sm_90a``).
 
     Raises: RuntimeError with the compiler's words where a kernel does not compile: a defect of ours.
     """
@@ -27,7 +27,8 @@ def compile_image(kernel: CudaKernel, sm: int) -> tuple[bytes, str]:
     package, _, name = kernel.source.partition("/")
     source = resources.files(package).joinpath(name).read_bytes()
     headers = _headers("moecompiler.plugins.hopper") | _headers(package) | {"wgmma.cuh": wgmma_header()}
-    options = [f"--gpu-architecture=sm_{sm}a", "-std=c++17", "-default-device", "--ptxas-options=-v"]
+    own = "a" if sm >= 90 else ""
+    options = [f"--gpu-architecture=sm_{sm}{own}", "-std=c++17", "-default-device", "--ptxas-options=-v"]
     options += [f"-DCOMPILE_{kernel.function}"]
     options += [f"-D{key}={int(value) if isinstance(value, bool) else value}" for key, value in kernel.constants]
     contents, names = list(headers.values()), [header.encode() for header in headers]
