@@ -63,7 +63,8 @@ class Rank:
         last = self.mapping.is_last_stage(self.communicator.rank)
         output: Any = self._forward(micro_batch) if last else None
         if micro_batch.kept is not None and self.samples:
-            micro_batch.keep(output.logits if isinstance(output, Sampled) else output)
+            logits: Any = output.logits if isinstance(output, Sampled) else output
+            micro_batch.keep(logits)
         return on_one_rank(self.communicator, self.sampling_rank, lambda: micro_batch.choose(output))
 
     def _forward(self, micro_batch: MicroBatch) -> Any:
