@@ -33,7 +33,7 @@ class WeightCache:
     def value(self, recipe: Recipe) -> onnxruntime.OrtValue:
         with self._lock:
             if recipe not in self._values:
-                bits = _bits(recipe, self._tensors.tensor(recipe))
+                bits = as_bits(recipe, self._tensors.tensor(recipe))
                 kind = ONNX_DTYPES[recipe.dtype]
                 self._values[recipe] = bits, onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, kind)
             return self._values[recipe][1]
@@ -47,7 +47,7 @@ class WeightCache:
                     del self._values[recipe]
 
 
-def _bits(recipe: Recipe, array: np.ndarray) -> np.ndarray:
+def as_bits(recipe: Recipe, array: np.ndarray) -> np.ndarray:
     """A tensor as ONNX Runtime takes it: types that numpy lacks as the bits of one that it has."""
     if recipe.dtype in ("bfloat16", "float8_e4m3fn"):
         return array.view(f"u{array.itemsize}")
@@ -69,7 +69,13 @@ def open_program(
 
     Collectives go through the communicator of the thread that runs it.
     """
-    lowered = lower(program)
+    return open_lowered(lower(program), weights, threads, optimized=optimized)
+
+
+def open_lowered(
+    lowered: Program, weights: WeightCache, threads: int = 0, *, optimized: bool = True
+) -> onnxruntime.InferenceSession:
+    """``open_program`` of a program that has been lowered."""
     names = [t.name for t in lowered.model.graph.initializer if t.data_location == TensorProto.EXTERNAL]
     options = onnxruntime.SessionOptions()
     halves = sum(recipe.nbytes for recipe in lowered.weights.values() if NUMPY_DTYPES[recipe.dtype].itemsize == 2)
