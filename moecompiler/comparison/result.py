@@ -342,7 +342,7 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """Lists, dicts and numbers, which ``json.dumps`` takes with ``allow_nan=False``; with ``passed``."""
-        return {**_plain(asdict(self)), "passed": self.passed}
+        return {**plain(asdict(self)), "passed": self.passed}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Result:
@@ -353,11 +353,12 @@ class Result:
         return result
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The value of dicts, lists and tuples as strict JSON has it: see the module of numbers that are not finite."""
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

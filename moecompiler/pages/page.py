@@ -15,8 +15,10 @@ from moecompiler.pages.figures import counted, duration, figure
 _SHARED = files(__package__) / "shared"
 
 
-def render_page(package: str, filters: Mapping[str, Callable[..., Any]], **values: Any) -> str:
-    """``page.html.j2`` of ``package``'s folder ``page``, with the ``values``.
+def render_page(
+    package: str, filters: Mapping[str, Callable[..., Any]], *, template: str = "page.html.j2", **values: Any
+) -> str:
+    """A template of ``package``'s folder ``page``, with the ``values``.
 
     ``style`` is ``base.css`` of all pages and the folder's own ``style.css``, ``script`` likewise; ``policy`` is the content
     security policy under which that script alone may run. Names among the values may be anybody's: all are escaped.
@@ -37,7 +39,7 @@ def render_page(package: str, filters: Mapping[str, Callable[..., Any]], **value
     environment.filters |= {"counted": counted, "duration": duration, "figure": figure, "percent": "{:.2%}".format}
     environment.filters |= filters
     script = read("base.js") + read("script.js")
-    return environment.get_template("page.html.j2").render(
+    return environment.get_template(template).render(
         style=read("base.css") + read("style.css"), script=script, policy=_policy(script), **values
     )
 

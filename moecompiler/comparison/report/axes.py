@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 _SLOT = 7.0  # percent of a logarithmic axis for what it cannot hold: zeros at its start, what is not finite at its end
 _MOST_TICKS = 7
@@ -72,15 +73,20 @@ class LinearAxis:
     def at(self, value: float) -> float:
         return 100 * value / self.high
 
+    def ticks(self, written: Callable[[float], str]) -> tuple[Tick, ...]:
+        return tuple(Tick(100 * part, written(part * self.high)) for part in (0, 0.25, 0.5, 0.75, 1))
+
     def percents(self) -> tuple[Tick, ...]:
         """Ticks for an axis of shares."""
-        return tuple(Tick(100 * part, f"{100 * part * self.high:.3g}%") for part in (0, 0.25, 0.5, 0.75, 1))
+        return self.ticks(lambda value: f"{100 * value:.3g}%")
 
 
 def numbered(labels: Sequence[str], most: int = 9) -> tuple[Tick, ...]:
-    """Ticks for things side by side, one step apart, of which ``most`` are named; a label may be empty."""
+    """Ticks for things side by side, of which at most ``most`` are named, every 1st, 2nd, 5th, 10th …; a label may be empty."""
     named = [index for index, label in enumerate(labels) if label]
-    step = math.ceil(len(named) / most) or 1
+    step = next(
+        step for step in (part * 10**power for power in count() for part in (1, 2, 5)) if step * most >= len(named)
+    )
     return tuple(Tick(across(index, len(labels)), labels[index]) for index in named[::step])
 
 
@@ -90,6 +96,6 @@ def bounds(labels: Sequence[str], most: int = 7) -> tuple[Tick, ...]:
     return tuple(Tick(100 * index / max(len(labels) - 1, 1), label) for index, label in enumerate(labels))[::step]
 
 
-def across(index: int, count: int) -> float:
-    """Where the middle of the ``index``-th of ``count`` things side by side is."""
-    return 100 * (index + 0.5) / count
+def across(index: int, things: int) -> float:
+    """Where the middle of the ``index``-th of ``things`` side by side is."""
+    return 100 * (index + 0.5) / things

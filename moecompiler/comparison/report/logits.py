@@ -101,9 +101,10 @@ def histogram(level: ModelLevel, programs: Mapping[str, Shown]) -> Histogram:
     return Histogram(tuple(groups), axis.percents(), bounds(marked), f"Errors of logits in absolute value: {said}")
 
 
-def kl_plot(level: ModelLevel, programs: Mapping[str, Shown]) -> Plot:
+def kl_plots(level: ModelLevel, programs: Mapping[str, Shown]) -> list[Plot]:
+    """One plot, or where there are too many tokens for two lines to be told apart, one for each program on the same axis."""
     axis = LogAxis.of(value for each in level.programs for value in each.kl)
-    curves = tuple(
+    curves = [
         Curve(
             programs[each.program].style,
             tuple(
@@ -117,17 +118,24 @@ def kl_plot(level: ModelLevel, programs: Mapping[str, Shown]) -> Plot:
             ),
         )
         for number, each in enumerate(level.programs)
+    ]
+    said = [f"{programs[each.program].title} {figure(each.mean_kl)} in the mean" for each in level.programs]
+    apart = any(curve.dense for curve in curves)
+    groups = (
+        [((curve,), words) for curve, words in zip(curves, said, strict=True)] if apart else [(curves, ", ".join(said))]
     )
-    said = ", ".join(f"{programs[each.program].title} {figure(each.mean_kl)} in the mean" for each in level.programs)
-    return Plot(
-        "Divergence along the text",
-        f"KL divergence from the reference after {counted(len(level.tokens), 'token')}: {said}",
-        "token",
-        "KL, nats",
-        numbered([str(index) for index in range(len(level.tokens))]),
-        axis.ticks(),
-        curves,
-    )
+    return [
+        Plot(
+            f"KL along the text: {programs[level.programs[number].program].title}" if apart else "KL along the text",
+            f"KL divergence from the reference after {counted(len(level.tokens), 'token')}: {words}",
+            "token",
+            "nats",
+            numbered([str(index) for index in range(len(level.tokens))]),
+            axis.ticks(),
+            tuple(group),
+        )
+        for number, (group, words) in enumerate(groups)
+    ]
 
 
 def strips(level: ModelLevel, programs: Mapping[str, Shown]) -> list[Strip]:
@@ -176,17 +184,22 @@ def continuations(text: GreedyText, programs: Mapping[str, Shown]) -> Iterator[C
                 "" if each.error is None else f"; the program’s largest error of a logit there is {figure(each.error)}"
             )
             said = (
-                f"token {each.equal + 1} is “{visible(got)}”, the reference has “{visible(wanted)}” and prefers it by"
+                f"token {each.equal + 1} is “{_one_line(got)}”, the reference has “{_one_line(wanted)}” and prefers it by"
                 f" {significant(each.margin)} logits{error}"
             )
-        yield Continuation(
-            program.title, program.style, "".join(before), "".join(after[:1]), "".join(after[1:]), said, each.tie
-        )
+        other = "".join(after[:1])
+        spaces = other[: len(other) - len(other.lstrip(" "))]
+        same, other, rest = "".join(before) + spaces, other.removeprefix(spaces), "".join(after[1:])
+        yield Continuation(program.title, program.style, same, other or spaces, rest, said, each.tie)
 
 
 def visible(text: str) -> str:
     """A token's text with its line ends to be seen; the line still ends."""
     return text.replace("\n", "⏎\n") or "∅"
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", "⏎")
 
 
 def _kl_tip(level: ModelLevel, programs: Mapping[str, Shown], index: int) -> str:
@@ -195,8 +208,7 @@ def _kl_tip(level: ModelLevel, programs: Mapping[str, Shown], index: int) -> str
 
 
 def _where(token: Token, index: int) -> str:
-    shown = token.text.replace("\n", "⏎")
-    return f"{index}: after “{shown}”, row {token.row}, position {token.position}, {token.phase}"
+    return f"{index}: after “{_one_line(token.text)}”, row {token.row}, position {token.position}, {token.phase}"
 
 
 def _bin(low: float, high: float) -> str:

@@ -20,12 +20,13 @@ def markdown(result: Result) -> str:
     return "\n\n".join(_parts(result, programs)) + "\n"
 
 
-def table(titles: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
-    """Cells are escaped, which keeps them on one line."""
+def table(titles: Sequence[object], rows: Sequence[Sequence[object]], *, raw: bool = False) -> str:
+    """Titles and cells are escaped, which keeps them on one line; ``raw``: the cells are Markdown already."""
+    written = str if raw else escaped
     lines = [
         [escaped(each) for each in titles],
         ["---"] * len(titles),
-        *([escaped(each) for each in row] for row in rows),
+        *([written(each) for each in row] for row in rows),
     ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -141,7 +142,7 @@ def _ops(level: OpLevel | None, programs: Mapping[str, Shown]) -> Iterator[str]:
     rows = [
         (
             *(row.case.op, row.case.case, row.case.node),
-            *(text for errors in row.errors for text in (errors.texts if errors else ("–",) * 3)),
+            *(text for texts in row.errors for text in texts),
             *(row.ratio, "" if row.case.no_further else "✗ further"),
         )
         for row in found.worst

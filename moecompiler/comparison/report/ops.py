@@ -9,19 +9,9 @@ from dataclasses import dataclass
 from moecompiler.comparison.report.axes import LinearAxis, LogAxis, Tick
 from moecompiler.comparison.report.plots import Bar, Bars, pointer
 from moecompiler.comparison.report.programs import Shown
-from moecompiler.comparison.result import OpCase, OpLevel
+from moecompiler.comparison.report.summary import UNKNOWN
+from moecompiler.comparison.result import OpCase, OpLevel, Ulps
 from moecompiler.pages.figures import counted, significant
-
-_LAST = 1e300  # sorts after every finite number
-
-
-@dataclass(frozen=True)
-class Errors:
-    """A program's, in units in the last place. ``source``: of the whole object; ``values``: to sort by."""
-
-    texts: tuple[str, str, str]
-    values: tuple[float, float, float]
-    source: str
 
 
 @dataclass(frozen=True)
@@ -35,23 +25,13 @@ class Whisker:
 
 @dataclass(frozen=True)
 class CaseRow:
+    """``errors``: of each program max, mean and p99, in units in the last place. ``source``: the case in the result."""
+
     case: OpCase
-    index: int
-    errors: tuple[Errors | None, ...]
+    source: str
+    errors: tuple[tuple[str, str, str], ...]
     ratio: str
     whisker: Whisker | None
-
-    @property
-    def source(self) -> str:
-        return pointer("op", "cases", self.index, "ratio")
-
-    @property
-    def sort_ratio(self) -> float:
-        """To sort by: without a ratio last, but first where it is further from the truth."""
-        ratio = self.case.ratio
-        if ratio is None:
-            return -1.0 if self.case.no_further else _LAST
-        return ratio if math.isfinite(ratio) else _LAST
 
 
 @dataclass(frozen=True)
@@ -109,29 +89,29 @@ def milliseconds(value: float) -> str:
 
 
 def _row(case: OpCase, index: int, names: Iterable[str], axis: LogAxis) -> CaseRow:
-    errors = []
-    for name in names:
-        found = case.errors.get(name)
-        if found is None:
-            errors.append(None)
-            continue
-        values = found.max, found.mean, found.p99
-        texts = significant(found.max), significant(found.mean), significant(found.p99)
-        largest, mean, p99 = (value if math.isfinite(value) else _LAST for value in values)
-        errors.append(Errors(texts, (largest, mean, p99), pointer("op", "cases", index, "errors", name)))
-    whisker = None
-    ratio = "–"
-    if case.ratio is not None:
-        low, high = case.interval or (case.ratio, case.ratio)
-        whisker = Whisker(axis.at(low), axis.at(case.ratio), axis.at(high))
-        ratio = significant(case.ratio)
-        if case.interval:
-            ratio += f" [{significant(low)}, {significant(high)}]"
-    return CaseRow(case, index, tuple(errors), ratio, whisker)
+    errors = tuple(_errors(case.errors.get(name)) for name in names)
+    source = pointer("op", "cases", index)
+    if case.ratio is None:
+        return CaseRow(case, source, errors, UNKNOWN, None)
+    low, high = case.interval or (case.ratio, case.ratio)
+    interval = f" [{significant(low)}, {significant(high)}]" if case.interval else ""
+    whisker = Whisker(axis.at(low), axis.at(case.ratio), axis.at(high))
+    return CaseRow(case, source, errors, significant(case.ratio) + interval, whisker)
 
 
-def _badness(row: CaseRow) -> tuple[bool, float, int]:
-    return row.case.no_further, -row.sort_ratio, row.index
+def _errors(found: Ulps | None) -> tuple[str, str, str]:
+    if found is None:
+        return UNKNOWN, UNKNOWN, UNKNOWN
+    return significant(found.max), significant(found.mean), significant(found.p99)
+
+
+def _badness(row: CaseRow) -> tuple[bool, float]:
+    """Those further from the truth first, then by falling ratio; what has none, or no number, before numbers of its kind where
+    it is further and after them where it is not."""
+    ratio = row.case.ratio
+    if ratio is None or math.isnan(ratio):
+        ratio = -math.inf if row.case.no_further else math.inf
+    return row.case.no_further, -ratio
 
 
 def _ratio_axis(cases: Iterable[OpCase]) -> LogAxis:

@@ -47,7 +47,7 @@ def render(result: Result) -> str:
         replayed_table=layers.layer_table(replayed_layer, at_replayed, programs) if replayed_layer else None,
         replayed_rows=logits.replayed_rows([*as_chosen, *forced]) if forced else [],
         histogram_data=logits.histogram(result.model, programs) if result.model and result.model.programs else None,
-        kl_plot=logits.kl_plot(result.model, programs) if result.model else None,
+        kl_plots=logits.kl_plots(result.model, programs) if result.model else [],
         strips=logits.strips(result.model, programs) if result.model else [],
         kl_legend=logits.kl_legend(),
         continuations=lambda text: list(logits.continuations(text, programs)),

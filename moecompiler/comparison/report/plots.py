@@ -3,25 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 from moecompiler.comparison.report.axes import Tick
 
-_FEW_MARKS = 70  # in a row; of more the line is drawn without dots
+_FEW_MARKS = 70  # of a curve; of more the line is thin and without dots
 
 
 @dataclass(frozen=True)
 class Mark:
     """A value at ``x`` percent from the left and ``y`` from the bottom. ``source`` is a JSON pointer (RFC 6901) into the result;
-    ``tip`` all that can be said of it. ``style``: a CSS class more."""
+    ``tip`` all that can be said of it. ``style``: a CSS class more; ``label``: what is written beside."""
 
     x: float
     y: float
     source: str
     tip: str
     style: str = ""
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,8 @@ class Curve:
 
     @property
     def dense(self) -> bool:
-        return self.line and len(self.marks) > _FEW_MARKS
+        """Whether marks would cover each other."""
+        return len(self.marks) > _FEW_MARKS
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,3 @@ class Bars:
 def pointer(*parts: str | int) -> str:
     """A JSON pointer; the parts are keys and places."""
     return "".join(f"/{str(part).replace('~', '~0').replace('/', '~1')}" for part in parts)
-
-
-def runs(values: Sequence[str]) -> list[tuple[str, int]]:
-    """Equal neighbours together, each with how many they are."""
-    return [(value, len(list(members))) for value, members in groupby(values)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from moecompiler.comparison.result import OOTB, PLUGINS, REFERENCE, Result
 
-_TITLES = {PLUGINS: "plugins on", OOTB: "plugins off", REFERENCE: "reference"}
+TITLES = {PLUGINS: "plugins on", OOTB: "plugins off", REFERENCE: "reference"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def shown(result: Result) -> dict[str, Shown]:
 
 
 def _title(name: str, labels: dict[str, str]) -> str:
-    known = _TITLES.get(name)
+    known = TITLES.get(name)
     return known or (f"{name}: {labels[name]}" if labels.get(name, name) != name else name)
 
 

@@ -69,15 +69,18 @@ for (const head of all("th[data-sort]")) {
   button.type = "button";
   button.append(...head.childNodes);
   head.append(button);
+  const numeric = head.classList.contains("n");
   const value = (row) => {
-    const cell = row.cells[Number(head.dataset.sort)];
-    return cell.dataset.value === undefined ? cell.textContent : Number(cell.dataset.value);
+    const text = row.cells[Number(head.dataset.sort)].textContent.trim();
+    if (!numeric) return text;
+    if (text === "∞" || text === "NaN") return Infinity;
+    return text === "–" ? -Infinity : parseFloat(text);
   };
   button.addEventListener("click", () => {
     const falling = head.getAttribute("aria-sort") !== "descending";
     for (const each of all("th[aria-sort]", head.closest("thead"))) each.removeAttribute("aria-sort");
     head.setAttribute("aria-sort", falling ? "descending" : "ascending");
-    const compare = (a, b) => (typeof a === "number" ? a - b : a.localeCompare(b, undefined, { numeric: true }));
+    const compare = (a, b) => (numeric ? Number(a > b) - Number(a < b) : a.localeCompare(b, undefined, { numeric: true }));
     const rows = [...body.rows].sort((a, b) => (falling ? -1 : 1) * compare(value(a), value(b)));
     body.append(...rows);
   });

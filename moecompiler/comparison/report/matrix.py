@@ -1,0 +1,198 @@
+"""The matrix as an HTML page, as Markdown and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moecompiler.atomic import json_text
+from moecompiler.comparison.matrix import Matrix, MatrixRow, matrix_of
+from moecompiler.comparison.report.axes import LinearAxis, LogAxis
+from moecompiler.comparison.report.markdown import escaped, table
+from moecompiler.comparison.report.plots import Curve, Mark, Plot, pointer
+from moecompiler.comparison.report.programs import TITLES, Shown
+from moecompiler.comparison.report.summary import UNKNOWN
+from moecompiler.comparison.report.write import PAGE, write_files, write_report
+from moecompiler.comparison.result import Result
+from moecompiler.errors import UserError
+from moecompiler.pages.figures import byte_size, counted, figure, significant
+from moecompiler.pages.page import render_page
+
+JSON, MARKDOWN, HTML = "matrix.json", "matrix.md", "matrix.html"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """``share``: of a bar behind the text, in percent of the column's largest; None: no bar."""
+
+    text: str
+    source: str
+    share: float | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    """``read``: the number, ``written``: how it is written; ``bar``: whether it is a size that a bar can show."""
+
+    title: str
+    key: str
+    read: Callable[[MatrixRow], float | None]
+    written: Callable[[float], str]
+    bar: bool = True
+
+
+COLUMNS = (
+    Column("perplexity", "perplexity", lambda row: row.perplexity, "{:.4f}".format, bar=False),
+    Column("more", "increase", lambda row: row.increase, "{:+.2%}".format, bar=False),
+    Column("mean KL", "mean_kl", lambda row: row.mean_kl, figure),
+    Column("top-1", "top1", lambda row: row.top1, "{:.2%}".format, bar=False),
+    Column("flips", "flips", lambda row: row.flips, "{:.0f}".format),
+    Column("rerouted", "rerouted", lambda row: row.rerouted, "{:.2%}".format),
+    Column("step, ms", "decode_ms", lambda row: row.decode_ms, significant),
+    Column("tokens/s", "tokens_per_second", lambda row: row.tokens_per_second, significant),
+    Column("engines", "plan_bytes", lambda row: row.plan_bytes, lambda value: byte_size(int(value))),
+    Column("weights", "weight_bytes", lambda row: row.weight_bytes, lambda value: byte_size(int(value))),
+)
+
+
+def write_matrix(results: Mapping[str, Result], directory: Path) -> Path:
+    """Writes each comparison's report into ``directory/NAME``, and ``matrix.json``, ``matrix.md`` and ``matrix.html``, which
+    lead to them. The page's path.
+
+    Raises: UserError where the results are of several models, a name is no folder's, or files cannot be written.
+    """
+    for name in results:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise UserError(f"--matrix: {name!r} cannot be the name of a report's folder")
+    matrix = matrix_of(results)
+    for name, result in results.items():
+        write_report(result, directory / name)
+    texts = {JSON: json_text(matrix.to_json()), MARKDOWN: markdown(matrix), HTML: render(matrix)}
+    return write_files(directory, texts)
+
+
+def render(matrix: Matrix) -> str:
+    programs = _programs(matrix)
+    return render_page(
+        __package__,
+        {},
+        template="matrix.html.j2",
+        matrix=matrix,
+        data=matrix.to_json(),
+        page_of=lambda artifact: f"{artifact}/{PAGE}",
+        programs=programs,
+        columns=_columns(matrix),
+        cells=_cells(matrix),
+        plots=[plot for plot in _plots(matrix, programs) if plot],
+    )
+
+
+def markdown(matrix: Matrix) -> str:
+    columns = _columns(matrix)
+    rows = [
+        (
+            f"[{escaped(row.artifact)}](<{row.artifact}/{PAGE}>)",
+            *(escaped(each) for each in (row.dtype, row.quantization, row.mapping, _title(row.program), row.plugins)),
+            *(escaped(_text(column, row)) for column in columns),
+            "✓" if row.passed else "✗",
+        )
+        for row in matrix.rows
+    ]
+    titles = (
+        "artifact",
+        "dtype",
+        "quantization",
+        "mapping",
+        "program",
+        "plugins",
+        *(each.title for each in columns),
+        "",
+    )
+    parts = [f"# Comparisons of {escaped(matrix.model)}", *(f"> {escaped(note)}" for note in matrix.notes)]
+    return "\n\n".join([*parts, table(titles, rows, raw=True)]) + "\n"
+
+
+def _columns(matrix: Matrix) -> list[Column]:
+    """Those of which anything is known."""
+    return [column for column in COLUMNS if any(column.read(row) is not None for row in matrix.rows)]
+
+
+def _cells(matrix: Matrix) -> list[list[Cell]]:
+    columns = _columns(matrix)
+    most = [max((column.read(row) or 0.0 for row in matrix.rows), default=0.0) for column in columns]
+    return [
+        [
+            Cell(_text(column, row), pointer("rows", index, column.key), _share(column, row, largest))
+            for column, largest in zip(columns, most, strict=True)
+        ]
+        for index, row in enumerate(matrix.rows)
+    ]
+
+
+def _share(column: Column, row: MatrixRow, most: float) -> float | None:
+    value = column.read(row)
+    return LinearAxis(most).at(value) if column.bar and value is not None and most > 0 else None
+
+
+def _text(column: Column, row: MatrixRow) -> str:
+    value = column.read(row)
+    return UNKNOWN if value is None else column.written(value)
+
+
+def _plots(matrix: Matrix, programs: Mapping[str, Shown]) -> list[Plot | None]:
+    """What accuracy costs: time and bytes across, divergence upwards."""
+    return [
+        _plot(matrix, programs, "Divergence and time", "a decode step, ms", lambda row: row.decode_ms, significant),
+        _plot(
+            matrix,
+            programs,
+            "Divergence and size",
+            "weights, bytes",
+            lambda row: row.weight_bytes,
+            lambda value: byte_size(int(value)),
+        ),
+    ]
+
+
+def _plot(
+    matrix: Matrix,
+    programs: Mapping[str, Shown],
+    title: str,
+    x_title: str,
+    read: Callable[[MatrixRow], float | None],
+    written: Callable[[float], str],
+) -> Plot | None:
+    known = [
+        (index, row, x, row.mean_kl)
+        for index, row in enumerate(matrix.rows)
+        if (x := read(row)) is not None and row.mean_kl is not None
+    ]
+    if len(known) < 2:
+        return None
+    across, upwards = LinearAxis.of(x for _, _, x, _ in known), LogAxis.of(kl for *_, kl in known)
+    curves = []
+    for program in programs.values():
+        marks = tuple(
+            Mark(
+                across.at(x),
+                upwards.at(kl),
+                pointer("rows", index, "mean_kl"),
+                f"{index + 1}: {row.artifact}, {program.title}\n{x_title}: {written(x)}\nmean KL: {figure(kl)} nats",
+                label=str(index + 1),
+            )
+            for index, row, x, kl in known
+            if row.program == program.name
+        )
+        curves.append(Curve(program.style, marks, line=False))
+    summary = f"{counted(len(known), 'program')}; mean KL from 1e{upwards.low} to 1e{upwards.high}"
+    return Plot(title, summary, x_title, "mean KL, nats", across.ticks(written), upwards.ticks(), tuple(curves))
+
+
+def _programs(matrix: Matrix) -> dict[str, Shown]:
+    names: Sequence[str] = list(dict.fromkeys(row.program for row in matrix.rows))
+    return {name: Shown(name, _title(name), f"p{place}") for place, name in enumerate(names, 1)}
+
+
+def _title(program: str) -> str:
+    return TITLES.get(program, program)
