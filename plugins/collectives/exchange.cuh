@@ -48,10 +48,13 @@ struct Group {
   uint32_t turn;
 };
 
+// The turn after a turn. Places that were never written hold 0, so no turn is 0, or the one before it.
+__forceinline__ uint32_t after(uint32_t turn) { return turn == 0xFFFFFFFDu ? 2 : turn + 1; }
+
 __forceinline__ Group begin(Region* own) {
   Group group;
   group.own = own, group.rank = own->rank, group.ranks = own->ranks;
-  group.turn = own->turn + 1;
+  group.turn = after(own->turn);
 #pragma unroll
   for (int k = 0; k < MOST_RANKS; k++) group.regions[k] = own->regions[k];
   return group;
@@ -177,7 +180,7 @@ __forceinline__ void receive_lines(const Group& group, int at, Vector (&parts)[M
 }
 
 // By flags: what the program's threads have written to peers' regions is there when their programs of the same number go on.
-// Phases of a turn have flags of their own. A peer may be a turn ahead, never two: a later flag will do, and its data lie elsewhere.
+// Phases of a turn have flags of their own. A peer may be a turn ahead, never two; its data then lie elsewhere.
 __forceinline__ void wait_for_peers(const Group& group, int phase) {
   meet();
   for_peers(group, [&](int k, Region* peer) {
@@ -185,8 +188,10 @@ __forceinline__ void wait_for_peers(const Group& group, int phase) {
   });
   for_peers(group, [&](int k, Region*) {
     if (thread() != k) return;
+    const uint32_t* flag = &group.own->flags[phase][k][program()];
     Patience patience;
-    while (int32_t(see_flag(&group.own->flags[phase][k][program()]) - group.turn) < 0 && patience.more(group, k)) {
+    for (uint32_t seen = see_flag(flag); seen != group.turn && seen != after(group.turn); seen = see_flag(flag)) {
+      if (!patience.more(group, k)) break;
     }
   });
   meet();

@@ -40,7 +40,7 @@ class Sizes:
         flags = 2 * MOST_RANKS * self.programs * 4
         lines = 2 * MOST_RANKS * self.one_shot * 2
         bulk = 2 * 2 * (self.slot + 16 * MOST_RANKS)
-        return 256 + flags + lines + bulk
+        return -(-(256 + flags + lines + bulk) // 256) * 256
 
     @property
     def gathered(self) -> int:
