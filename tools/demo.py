@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moecompiler.artifact import Artifact
-from moecompiler.tools.printing import byte_size
+from moecompiler.pages.figures import byte_size
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, OUTPUT = Path("tests/data/tiny-mixtral"), Path("build/demo")

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from moecompiler.artifact import Artifact
+from moecompiler.pages.figures import byte_size
 from moecompiler.quantization.as_json import recipe_from_json
 from moecompiler.tools import options as opt
 from moecompiler.tools.job import Job
-from moecompiler.tools.printing import byte_size
 
 
 def inspect(

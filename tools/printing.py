@@ -66,13 +66,3 @@ def wide_console() -> Console:
     """Stdout, for tables of many columns: what is no terminal, or a narrow one, gets lines of 120 characters all the same."""
     console = Console(highlight=False)
     return Console(highlight=False, width=max(console.width, 120))
-
-
-def byte_size(count: int) -> str:
-    """``7.8 MB``, in powers of 1000 as file managers count."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from moecompiler.config import load_config
 from moecompiler.errors import UserError
+from moecompiler.pages.figures import byte_size
 from moecompiler.sparse_checkpoint import write_sparse_checkpoint
 from moecompiler.tools.main import complain
-from moecompiler.tools.printing import byte_size
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

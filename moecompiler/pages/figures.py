@@ -16,11 +16,13 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def byte_size(count: int) -> str:
-    """In powers of 1000, as disks and memories are sold: ``1.5 GB``."""
-    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while size >= 999.5 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.0f} B" if units[0] == "B" else f"{size:.3g} {units[0]}"
+    """``7.8 MB``, in powers of 1000 as file managers count."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
 
 
 def _no_number(value: float) -> str:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moecompiler.errors import UserError
+from moecompiler.pages.figures import byte_size
 from moecompiler.passes.selection import label
 from moecompiler.tools.flags import SelectionFlags
 from moecompiler.tools.groups import grouped
 from moecompiler.tools.passes.bisect import accuracy_check, culprit_json, describe
 from moecompiler.tools.passes.target import Target, for_target, open_subject
 from moecompiler.tools.passes.verify import Seed
-from moecompiler.tools.printing import byte_size
 
 if TYPE_CHECKING:
     from moecompiler.debugging.bisect import Culprit

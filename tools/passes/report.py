@@ -10,12 +10,12 @@ import typer
 from rich.console import Console
 
 from moecompiler.errors import UserError
+from moecompiler.pages.figures import byte_size, counted
 from moecompiler.passes.selection import label
 from moecompiler.tools.flags import SelectionFlags
 from moecompiler.tools.groups import grouped
 from moecompiler.tools.passes.target import Target, for_target, open_subject
 from moecompiler.tools.passes.verify import OUT_OF_TOLERANCE, AgainstHF, Seed
-from moecompiler.tools.printing import byte_size
 
 Output = Annotated[Path, typer.Option("--output", help="The page to write, an .html file.")]
 Verify = Annotated[
@@ -39,7 +39,6 @@ def report(
     from moecompiler.atomic import write_text_atomic
     from moecompiler.debugging.report.model import make_report
     from moecompiler.debugging.report.page import render
-    from moecompiler.pages.figures import counted
 
     if output.is_dir() or not output.parent.is_dir():
         raise UserError(f"--output {output}: {'is a directory' if output.is_dir() else 'its directory is not there'}")
