@@ -66,7 +66,7 @@ def layer_table(level: LayerLevel, at: tuple[str, ...], programs: Mapping[str, S
     for place, name in enumerate(level.places):
         values: list[tuple[str, str]] = []
         for number, each in enumerate(level.programs):
-            base = (*at, "programs", number)
+            base: tuple[str | int, ...] = (*at, "programs", number)
             values += (
                 (figure(value), pointer(*base, "relative", place, index))
                 for index, value in enumerate(each.relative[place])

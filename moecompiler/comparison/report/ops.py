@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from moecompiler.comparison.report.axes import LinearAxis, LogAxis, Tick
+from moecompiler.comparison.report.axes import LinearAxis, LogAxis
 from moecompiler.comparison.report.plots import Bar, Bars, pointer
 from moecompiler.comparison.report.programs import Shown
 from moecompiler.comparison.report.summary import UNKNOWN
@@ -36,13 +36,15 @@ class CaseRow:
 
 @dataclass(frozen=True)
 class OpTable:
-    """``rows``: all, the worst first; ``worst``: of each op and case the worst; ``one``: where a ratio of 1 is drawn."""
+    """``rows``: all, the worst first; ``worst``: of each op and case the worst; ratios are drawn from ``low`` to ``high``,
+    ``one``: where 1 is."""
 
     programs: tuple[Shown, ...]
     rows: tuple[CaseRow, ...]
     worst: tuple[CaseRow, ...]
+    low: float
+    high: float
     one: float
-    ticks: tuple[Tick, ...]
 
     @property
     def failed(self) -> int:
@@ -57,7 +59,12 @@ def op_table(level: OpLevel, programs: Mapping[str, Shown]) -> OpTable:
     for row in rows:
         worst.setdefault((row.case.op, row.case.case), row)
     return OpTable(
-        tuple(programs[name] for name in names), tuple(rows), tuple(worst.values()), axis.at(1.0), axis.ticks()
+        tuple(programs[name] for name in names),
+        tuple(rows),
+        tuple(worst.values()),
+        10.0**axis.low,
+        10.0**axis.high,
+        axis.at(1.0),
     )
 
 
