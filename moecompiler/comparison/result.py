@@ -81,7 +81,8 @@ class OpCase:
     """One output of one node on one kind of input (``cases.CASES``). ``errors`` and ``milliseconds`` (of the node alone, a
     median; empty where not timed) are by program. ``ratio``: the first program's mean error over the second's, with its
     bootstrap ``interval`` of 95%; None where both are exact or one is no number. ``no_further``: the first is not further
-    from the truth than the second."""
+    from the truth than the second. ``tokens``: rows of the output that are compared, and
+    ``left_out`` those that are not, because rounding decides which expert they get."""
 
     node: str
     op: str
@@ -96,6 +97,7 @@ class OpCase:
     interval: tuple[float, float] | None
     no_further: bool
     milliseconds: dict[str, float]
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
