@@ -20,6 +20,7 @@ import tensorrt as trt
 from moecompiler.errors import UserError
 from moecompiler.graph import COLLECTIVES, DOMAIN
 from moecompiler.ops import VERSION, plugin_name
+from moecompiler.plugins.barrier_plugin import BarrierCreator
 from moecompiler.plugins.collective_plugin import CollectiveCreator
 from moecompiler.plugins.driver import Function, load, run
 from moecompiler.plugins.fields import CUBINS, PLAN, Baked, BakedTactic, fingerprint, pack, unpack
@@ -248,7 +249,8 @@ def register(ops: Mapping[str, PluginOp]) -> None:
     check_fields()
     registry = trt.get_plugin_registry()
     modules = Modules()
-    creators = [Creator(op, modules) for op in ops.values()] + [CollectiveCreator(op) for op in COLLECTIVES]
+    creators = [Creator(op, modules) for op in ops.values()]
+    creators += [*(CollectiveCreator(op) for op in COLLECTIVES), BarrierCreator()]
     for creator in creators:
         if registry.get_creator(creator.name, str(VERSION), DOMAIN) is None:
             registry.register_creator(creator, DOMAIN)

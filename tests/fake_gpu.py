@@ -117,6 +117,12 @@ class FakeDriver:
             self._finish()
         return OK
 
+    def cuMemcpyDtoDAsync(self, target: int, source: int, count: int, stream: int) -> tuple[int]:
+        self._holding(source, count)
+        self._holding(target, count)
+        self.enqueue(lambda: ctypes.memmove(target, source, count))
+        return OK
+
     def cuMemsetD8Async(self, target: int, value: int, count: int, stream: int) -> tuple[int]:
         self._holding(target, count)
         self.enqueue(lambda: ctypes.memset(target, value, count))

@@ -15,6 +15,7 @@ import onnx.inliner
 from onnx import TensorProto, helper, numpy_helper
 
 from moecompiler.backends.base import BuildSettings, PluginLibrary
+from moecompiler.backends.tensorrt_barrier import add_barriers, moe_without_plugin
 from moecompiler.backends.tensorrt_bytes import unsigned_caches
 from moecompiler.backends.tensorrt_fp8 import widen_fp8_experts
 from moecompiler.backends.tensorrt_int4 import widen_int4
@@ -63,6 +64,7 @@ def prepare(
     model.CopyFrom(program.model)
     chosen, notes = choose_plugins(model, settings.plugins, dtype, sm, library)
     aliases = find_aliases(model, chosen, library)
+    apart = moe_without_plugin(model, chosen)
     program = Program(mark_plugins(model, chosen), program.weights)
     unsigned_caches(program.model)
     if any(node.domain == DOMAIN and node.name not in chosen for node in model.graph.node):
@@ -70,6 +72,7 @@ def prepare(
     program, int4_notes = widen_int4(program)
     program, fp8_notes = widen_fp8_experts(program)
     model = program.model
+    add_barriers(model, apart)
     weights = inline_literals(model, program.weights)
     bound, baked_notes = choose_bound(model, settings, weights)
     as_bytes = codes_of_plugins(model, chosen)
