@@ -1,11 +1,10 @@
-"""``AllReduce`` and ``AllGather`` in a TensorRT engine, through the host: the calling thread's communicator does the rest.
-
-It serves every communicator there is, ranks that share one GPU included, which NCCL refuses. It waits for the GPU, so an
-engine with collectives is run step by step and not as a CUDA graph. ``tensorrt`` is imported with this module.
+"""``AllReduce`` and ``AllGather`` in a TensorRT engine: by the ways of the calling thread's communicator, and where it has none,
+through the host. Which way a message goes is not the engine's business. ``tensorrt`` is imported with this module.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,15 +14,11 @@ import tensorrt as trt
 from moecompiler.graph import DOMAIN
 from moecompiler.ops import VERSION, plugin_name
 from moecompiler.runtime.communicator import current_communicator
-from moecompiler.runtime.device import checked, driver
+from moecompiler.runtime.device_communicator import DeviceCommunicator
+from moecompiler.runtime.host_way import HostWay
 from moecompiler.runtime.lifetime import never_freed
-from moecompiler.weights import NUMPY_DTYPES
 
-_DTYPES = {
-    trt.DataType.HALF: NUMPY_DTYPES["float16"],
-    trt.DataType.BF16: NUMPY_DTYPES["bfloat16"],
-    trt.DataType.FLOAT: NUMPY_DTYPES["float32"],
-}
+_DTYPES = {trt.DataType.HALF: "float16", trt.DataType.BF16: "bfloat16", trt.DataType.FLOAT: "float32"}
 _BASES = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
 
 
@@ -96,15 +91,14 @@ class Collective(*_BASES):  # type: ignore[misc]
     ) -> int:
         if not self.talks:
             return 0
-        cuda, dims = driver(), input_desc[0].dims
-        x = np.empty([dims[axis] for axis in range(len(dims))], _DTYPES[input_desc[0].type])
-        checked(cuda.cuMemcpyDtoHAsync(x.ctypes.data, inputs[0], x.nbytes, stream))
-        checked(cuda.cuStreamSynchronize(stream))
-        communicator = current_communicator()
-        exchange = communicator.all_reduce if self.op == "AllReduce" else communicator.all_gather
-        y = np.ascontiguousarray(exchange(x.astype(np.float32), self.group).astype(x.dtype))
-        checked(cuda.cuMemcpyHtoDAsync(outputs[0], y.ctypes.data, y.nbytes, stream))
-        checked(cuda.cuStreamSynchronize(stream))  # before ``y`` goes
+        communicator, dims, dtype = current_communicator(), input_desc[0].dims, _DTYPES[input_desc[0].type]
+        shape = [dims[axis] for axis in range(len(dims))]
+        ways: DeviceCommunicator = communicator.device or HostWay(communicator)
+        if self.op == "AllReduce":
+            ways.all_reduce(inputs[0], outputs[0], math.prod(shape), dtype, self.group, stream)
+        else:
+            rows, columns = math.prod(shape[:-1]), shape[-1]
+            ways.all_gather(inputs[0], outputs[0], rows, columns, dtype, self.group, stream)
         return 0
 
 

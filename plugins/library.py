@@ -1,19 +1,21 @@
-"""The plugins of backend ``tensorrt``: the ops whose tactics there are, and what of them TensorRT has to know."""
+"""The plugins that backends may use: the ops whose tactics there are, and what of them TensorRT has to know."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from moecompiler.plugins.launch import TRITON_TYPES, Dims
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx
 
     from moecompiler.backends.sampling_kernels import SamplingKernels
     from moecompiler.ops import OpSpec
+    from moecompiler.runtime.collective_kernels import CollectiveKernels
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,7 @@ class TensorRTPlugins:
 
     def refusal(self, node: onnx.NodeProto, dims: Dims, dtype: str, sm: int) -> str | None:
         """Why no plugin can stand for this node; None where one can."""
-        import onnx
-
         from moecompiler.graph import COLLECTIVES
-        from moecompiler.plugins.tactics import tactics
 
         if node.op_type in COLLECTIVES:
             return None
@@ -60,10 +59,18 @@ class TensorRTPlugins:
             return "there is no plugin for it"
         if dtype not in TRITON_TYPES:
             return f"its plugin has no kernels for {dtype}"
-        attributes = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
-        if not tactics(node.op_type, attributes, dims, dtype, sm):
+        if not self.tactics(node, dims, dtype, sm):
             return f"its plugin has no kernels for SM {sm} and inputs of {', '.join(map(str, dims))}"
         return None
+
+    def tactics(self, node: onnx.NodeProto, dims: Dims, dtype: str, sm: int) -> tuple[str, ...]:
+        """The names of the plans by which a plugin can compute this node, the best guess first."""
+        import onnx
+
+        from moecompiler.plugins.tactics import tactics
+
+        attributes = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+        return tuple(each.name for each in tactics(node.op_type, attributes, dims, dtype, sm))
 
     def aliases(self, op_type: str) -> Mapping[int, int]:
         op = plugin_ops().get(op_type)
@@ -73,6 +80,31 @@ class TensorRTPlugins:
         from moecompiler.plugins.tensorrt_plugin import register
 
         register(plugin_ops())
+
+    def check_interpreter(self) -> None:
+        """Raises: UserError where there is no Triton."""
+        from moecompiler.plugins.interpreter import check_triton
+
+        check_triton()
+
+    def interpret(self, node: str, file: str, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """In a process of its own. Raises: UserError where a kernel fails."""
+        from moecompiler.plugins.interpreter import interpret
+
+        return interpret(node, file, arrays)
+
+    def compile_collectives(self, dtype: str, sm: int) -> bytes | None:
+        """None where there is no NVRTC to compile with, no kernel for the type, or none for so old a GPU."""
+        if dtype not in TRITON_TYPES or sm < 80 or importlib.util.find_spec("cuda.bindings.nvrtc") is None:
+            return None
+        from moecompiler.plugins.collectives.kept import compile_collectives
+
+        return compile_collectives(dtype, sm)
+
+    def load_collectives(self, data: bytes) -> CollectiveKernels:
+        from moecompiler.plugins.collectives.kept import Collectives
+
+        return Collectives(data)
 
     def compile_sampling(self, vocab: int, dtype: str, sm: int) -> bytes | None:
         """None where there is no Triton to compile with, or no kernel for the type."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,9 +12,11 @@ from moecompiler.plugin_switches import PluginSwitches
 from moecompiler.weights import TensorReader
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx
 
     from moecompiler.backends.sampling_kernels import SamplingKernels
+    from moecompiler.runtime.collective_kernels import CollectiveKernels
     from moecompiler.runtime.session import StageSession
 
 
@@ -37,12 +39,14 @@ class EngineLimits:
 class BuildSettings:
     """What an engine is built for. ``moe_weights``: ``external`` binds expert weights when the engine runs, ``engine`` bakes
     them into it, ``auto`` leaves it to the backend. ``compute_capabilities``: of the GPUs that a backend which builds ahead of
-    time builds for (``8.9``); empty leaves that to it too."""
+    time builds for (``8.9``); empty leaves that to it too. ``plugin_tactics``: names of plans that interpreted plugins are to
+    have, where their op has one of that name."""
 
     limits: EngineLimits
     plugins: PluginSwitches = field(default_factory=PluginSwitches)
     moe_weights: str = "auto"
     compute_capabilities: tuple[str, ...] = ()
+    plugin_tactics: tuple[str, ...] = ()
 
 
 class PluginLibrary(Protocol):
@@ -57,6 +61,26 @@ class PluginLibrary(Protocol):
 
     def register(self) -> None:
         """Makes the plugins known to the backend's library, once per process."""
+
+    def tactics(self, node: onnx.NodeProto, dims: tuple[tuple[int, ...], ...], dtype: str, sm: int) -> tuple[str, ...]:
+        """The names of the plans by which a plugin can compute this node, the best guess first; see ``refusal``."""
+
+    def check_interpreter(self) -> None:
+        """Raises: UserError where there is nothing to interpret plugins' kernels with."""
+
+    def interpret(self, node: str, file: str, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Runs the plan of an ``InterpretedNode``, given as text, on the CPU; ``file``: that of its weights. ``arrays``: its other
+        inputs; floats, the results' too, are float32, whatever the node's own type.
+
+        Raises: UserError where a kernel fails.
+        """
+
+    def compile_collectives(self, dtype: str, sm: int) -> bytes | None:
+        """The kernels by which ranks of a node exchange tensors of a type from GPU to GPU, for a compute capability, as a file
+        keeps them; None where there can be none."""
+
+    def load_collectives(self, data: bytes) -> CollectiveKernels:
+        """Those kernels, loaded into the current CUDA context. Raises: as ``load_sampling``."""
 
     def compile_sampling(self, vocab: int, dtype: str, sm: int) -> bytes | None:
         """The kernels that choose tokens from logits ``[rows, vocab]`` on a GPU of compute capability ``sm``, as a file keeps

@@ -16,7 +16,7 @@ from moecompiler.backends.libraries import import_library
 from moecompiler.backends.tensorrt_profiles import prefill_rows, profiles
 from moecompiler.backends.tensorrt_program import Prepared, Tidy, prepare, serialized
 from moecompiler.backends.tensorrt_record import Made, Record, check_fits
-from moecompiler.graph import ONNX_DTYPES, Program, floating_type
+from moecompiler.graph import COLLECTIVES, ONNX_DTYPES, Program, floating_type
 from moecompiler.packing import pack
 from moecompiler.plugin_switches import Mode
 from moecompiler.weights import Recipe, TensorReader
@@ -77,16 +77,21 @@ class TensorRTBackend:
     ) -> dict[str, Path]:
         """Writes ``stem.plan``, ``stem.engine.json`` (``Record``), ``stem.layers.json`` (the inspector's), ``stem.timing`` (for
         later builds), ``stem.onnx`` (what the parser read, weights by reference); with external expert weights
-        ``stem.safetensors``; and on the last stage ``stem.sampling``, the kernels that choose tokens."""
+        ``stem.safetensors``; on the last stage ``stem.sampling``, the kernels that choose tokens; and with collectives
+        ``stem.collectives``, the kernels that ranks of a node exchange by."""
         from moecompiler.backends.tensorrt_build import build_plan
 
         library = self._library()
         prepared = prepare(program, settings, floating_type(program), self._made.sm, library, self._tidy)
         if prepared.plugins:
             library.register()
-        sampling = self._compile_sampling(prepared.program)
+        kernels = {
+            "sampling": self._compile_sampling(prepared.program),
+            "collectives": self._compile_collectives(prepared),
+        }
+        kept = {name: data for name, data in kernels.items() if data is not None}
         names = ["plan", "engine.json", "layers.json", "timing", "onnx"]
-        names += ["safetensors"] * bool(prepared.bound) + ["sampling"] * (sampling is not None)
+        names += [*(["safetensors"] if prepared.bound else []), *kept]
         staged = {f"{stem}.{name}": temporary_path(directory / f"{stem}.{name}") for name in names}
         baked = temporary_path(directory / f"{stem}.baked")
         try:
@@ -116,8 +121,8 @@ class TensorRTBackend:
         )
         staged[f"{stem}.layers.json"].write_text(plan.layers)
         staged[f"{stem}.timing"].write_bytes(plan.timing)
-        if sampling is not None:
-            staged[f"{stem}.sampling"].write_bytes(sampling)
+        for name, data in kept.items():
+            staged[f"{stem}.{name}"].write_bytes(data)
         return staged
 
     def load(self, directory: Path, stem: str, limits: EngineLimits, threads: int, device: int = 0) -> TensorRTSession:
@@ -132,9 +137,17 @@ class TensorRTBackend:
             self._library().register()
         from moecompiler.backends.tensorrt_session import TensorRTSession
 
-        kernels = directory / f"{stem}.sampling"
-        sampling = self._library().load_sampling(kernels.read_bytes()) if kernels.is_file() else None
-        return TensorRTSession(directory, stem, record, limits, here, sampling)
+        kept = {name: directory / f"{stem}.{name}" for name in ("sampling", "collectives")}
+        data = {name: path.read_bytes() for name, path in kept.items() if path.is_file()}
+        sampling = self._library().load_sampling(data["sampling"]) if "sampling" in data else None
+        collectives = self._library().load_collectives(data["collectives"]) if "collectives" in data else None
+        return TensorRTSession(directory, stem, record, limits, here, sampling, collectives)
+
+    def _compile_collectives(self, prepared: Prepared) -> bytes | None:
+        """None where the program has no collectives."""
+        if not {*COLLECTIVES} & {*prepared.plugins.values()}:
+            return None
+        return self._library().compile_collectives(floating_type(prepared.program), self._made.sm)
 
     def _compile_sampling(self, program: Program) -> bytes | None:
         """None where the program's output are not the logits of one token of each sequence."""

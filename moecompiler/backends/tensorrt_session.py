@@ -1,16 +1,19 @@
 """One rank's TensorRT engine, running: KV cache on the GPU, prefill by slices of the batch, decode as one CUDA graph.
 
 A decode step of one batch bucket and one turn of the caches, with the choice of tokens or without, is one graph, captured when
-it runs for the second time (the first loads what it needs). Where this stage is all there is, such a step hands its tokens and
-positions to the next one on the GPU, and the host, which only looks at the tokens, is a step behind.
+it runs for the second time (the first loads what it needs, and shows whether ranks exchange anything by way of the host, which
+no graph can hold). Where this stage is all there is, such a step hands its tokens and positions to the next one on the GPU, and
+the host, which only looks at the tokens, is a step behind.
 
 A batch may come in parts, each of the same sequences from ``start`` on. A part decodes in exactly its rows, since the rows that
-would fill up a bucket are the next part's; it has feeds, contexts and graphs of its own.
+would fill up a bucket are the next part's; it has feeds, contexts and graphs of its own. Linked, hidden states come from and go
+to other ranks' GPUs on the stream itself, before and after the graph: both sides would have to capture a message, or neither.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +28,29 @@ from moecompiler.backends.tensorrt_profiles import DECODE, PREFILL, bucket_of
 from moecompiler.backends.tensorrt_record import Record
 from moecompiler.backends.tensorrt_sampling import DeviceSampling
 from moecompiler.graph import COLLECTIVES
+from moecompiler.runtime.collective_kernels import CollectiveKernels
+from moecompiler.runtime.communicator import current_ways
 from moecompiler.runtime.device import Buffer, Device, at_the_end
+from moecompiler.runtime.device_link import DeviceLink
 from moecompiler.runtime.sampling import Sampler
 from moecompiler.runtime.session import Sampled
 
 _PREFILL = "prefill"
+_NOTHING = np.empty(0, np.float32)
+
+
+@dataclass(frozen=True)
+class _Link:
+    """See ``runtime.session.LinkedSession.link``."""
+
+    link: DeviceLink
+    source: int | None
+    to: int | None
 
 
 class TensorRTSession:
     """See ``runtime.session.SamplingSession``. ``device`` is current for the thread that uses the session; ``sampling``: the
-    kernels of an engine whose output are logits.
+    kernels of an engine whose output are logits; ``collectives``: those of an engine that exchanges something with other ranks.
 
     Raises: UserError where the plan cannot be loaded, or the GPU has no room.
     """
@@ -47,6 +63,7 @@ class TensorRTSession:
         limits: EngineLimits,
         device: Device,
         sampling: SamplingKernels | None = None,
+        collectives: CollectiveKernels | None = None,
     ):
         self.max_batch_size, self.max_input_len = limits.max_batch_size, limits.max_input_len
         self.max_seq_len, self.vocab_size = limits.max_seq_len, limits.vocab_size
@@ -62,7 +79,9 @@ class TensorRTSession:
         self._sampling = self._make_sampling(sampling, limits) if sampling is not None else None
         self._ran: set[Any] = set()
         self._batch, self._steps, self._keep_logits = 0, 0, False
-        self._capturable = not any(op in COLLECTIVES for op in record.plugins.values())  # they wait for other ranks
+        self._link: _Link | None = None
+        self._exchanges = any(op in COLLECTIVES for op in record.plugins.values())
+        self.collective_kernels = collectives
 
     def close(self) -> None:
         """Gives all back; nothing else may be called then."""
@@ -79,6 +98,10 @@ class TensorRTSession:
         """The dtype of every input that is not a weight."""
         return {name: self._engine.dtype(name) for name in (*self._engine.inputs, *self._engine.caches)}
 
+    def link(self, link: DeviceLink, source: int | None, to: int | None) -> None:
+        """See ``runtime.session.LinkedSession``."""
+        self._link = _Link(link, source, to)
+
     def start(self, batch: int) -> None:
         """Begins a batch with an empty KV cache."""
         self._batch = batch
@@ -87,19 +110,27 @@ class TensorRTSession:
     def step(self, x: np.ndarray, position_ids: np.ndarray, last_token_ids: np.ndarray, first: int = 0) -> np.ndarray:
         """See ``StageSession.step``."""
         result = self.run(x, position_ids, last_token_ids, first)
+        if self._link is not None and self._link.to is not None:
+            return result
         if self._engine.output == "logits" and result.ndim == 3:
             result = result[np.arange(len(result)), last_token_ids]
         return result.astype(np.float32)
 
     def run(self, x: np.ndarray, position_ids: np.ndarray, last_token_ids: np.ndarray, first: int = 0) -> np.ndarray:
-        """The engine's first output as it is, for all rows."""
+        """The engine's first output as it is, for all rows; nothing where it goes to another GPU."""
         arrays, batch = self._named(x, position_ids, last_token_ids), len(position_ids)
+        sends = self._link is not None and self._link.to is not None
         if position_ids.shape[1] == 1:
             feeds = self._decode_feeds(batch, first)
             feeds.upload(arrays, self._rows(batch))
-            return feeds.download(self._decode(None, batch, first))[:batch]
-        context = self._engine.contexts[_PREFILL]
-        return np.concatenate([self._prefill_feeds.download(context) for _ in self._prefill(arrays, first)])
+            context = self._decode(None, batch, first)
+            result = _NOTHING if sends else feeds.download(context)[:batch]
+        else:
+            context = self._engine.contexts[_PREFILL]
+            parts = [_NOTHING if sends else self._prefill_feeds.download(context) for _ in self._prefill(arrays, first)]
+            result = np.concatenate(parts)
+        self._check()
+        return result
 
     def start_sampling(self, sampler: Sampler, prompts: list[list[int]], steps: int, keep_logits: bool) -> None:
         """See ``SamplingSession.start_sampling``."""
@@ -121,7 +152,7 @@ class TensorRTSession:
             if self._keep_logits:
                 logits.append(self._prefill_feeds.download(context).astype(np.float32))
         self._sampler.copy_out()
-        return Sampled(self._sampler.take(batch, first), np.concatenate(logits) if logits else None)
+        return self._taken(batch, first, np.concatenate(logits) if logits else None)
 
     def sample_next(self) -> Sampled:
         """See ``SamplingSession.sample_next``."""
@@ -134,7 +165,7 @@ class TensorRTSession:
         if sampler.steps < self._steps:
             self._decode(sampler, self._batch, 0)
             sampler.copy_out()
-        return Sampled(sampler.take(self._batch), None)
+        return self._taken(self._batch, 0, None)
 
     def call(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """See ``runtime.session.CallableSession``."""
@@ -164,7 +195,21 @@ class TensorRTSession:
         return self._sampling
 
     def _named(self, x: np.ndarray, position_ids: np.ndarray, last_token_ids: np.ndarray) -> dict[str, np.ndarray]:
-        return {self._engine.main: x, "position_ids": position_ids, "last_token_ids": last_token_ids}
+        arrays = {"position_ids": position_ids, "last_token_ids": last_token_ids}
+        received = self._link is not None and self._link.source is not None
+        return arrays if received else arrays | {self._engine.main: x}
+
+    def _receive(self, feeds: Feeds, tokens: tuple[int, int]) -> None:
+        """Enqueues the reception of a step's hidden states, where they come from another GPU."""
+        if self._link is not None and self._link.source is not None:
+            name, stream = self._engine.main, self._engine.stream.handle
+            self._link.link.receive(feeds.buffers[name].pointer, feeds.nbytes(name, tokens), self._link.source, stream)
+
+    def _send(self, feeds: Feeds, tokens: tuple[int, int]) -> None:
+        """Enqueues the sending of a step's hidden states, where they go to another GPU."""
+        if self._link is not None and self._link.to is not None:
+            name, stream = self._engine.output, self._engine.stream.handle
+            self._link.link.send(feeds.buffers[name].pointer, feeds.nbytes(name, tokens), self._link.to, stream)
 
     def _sampled(self, context: Any, batch: int, first: int) -> Sampled:
         """What the decode step that was enqueued last gives."""
@@ -172,7 +217,23 @@ class TensorRTSession:
         logits = None
         if self._keep_logits:
             logits = self._decode_feeds(batch, first).download(context)[:batch].astype(np.float32)
-        return Sampled(self._sampler.take(batch, first), logits)
+        return self._taken(batch, first, logits)
+
+    def _taken(self, batch: int, first: int, logits: np.ndarray | None) -> Sampled:
+        """The tokens that the device has chosen, once it has."""
+        tokens = self._sampler.take(batch, first)
+        self._check()
+        return Sampled(tokens, logits)
+
+    def _waits(self) -> int | None:
+        """How many exchanges with other ranks have had to be waited for; None where nobody counts."""
+        ways = current_ways()
+        return None if ways is None else ways.waits
+
+    def _check(self) -> None:
+        """Raises: RuntimeError where what lies on the GPU is not to be used, since a peer did not come."""
+        if self._exchanges and (ways := current_ways()) is not None:
+            ways.check()
 
     def _prefill(self, arrays: Mapping[str, np.ndarray], first: int) -> Iterator[tuple[int, int]]:
         """Enqueues slices of a part of the batch, one after another: the first row of each in it, and how many there are. Waits
@@ -184,7 +245,9 @@ class TensorRTSession:
             self._prefill_feeds.bind(context, (rows, length))
             self._caches.bind(context, rows, first, row)
             self._prefill_feeds.upload(part, rows)
+            self._receive(self._prefill_feeds, (rows, length))
             self._engine.enqueue(_PREFILL)
+            self._send(self._prefill_feeds, (rows, length))
             yield row, rows
             stream.synchronize()
         self._caches.advance(first)
@@ -204,14 +267,18 @@ class TensorRTSession:
             if sampling is not None:
                 sampling.enqueue(rows, first, feeds.buffers[self._engine.output].pointer)
 
+        self._receive(feeds, (rows, 1))
         graphs, way = self._engine.graphs, (*key, sampling and sampling.greedy)
-        if way not in graphs and way in self._ran and self._capturable:
+        if way not in graphs and way in self._ran:
             graphs[way] = self._engine.stream.capture(work)
         if way in graphs:
             graphs[way].launch(self._engine.stream)
         else:
+            waits = self._waits()
             work()
-            self._ran.add(way)
+            if not self._exchanges or (waits is not None and waits == self._waits()):
+                self._ran.add(way)
+        self._send(feeds, (rows, 1))
         self._caches.advance(first)
         return context
 

@@ -110,3 +110,9 @@ def using_communicator(communicator: Communicator) -> Iterator[None]:
 def current_communicator() -> Communicator:
     """The communicator set for this thread. Raises LookupError where none is."""
     return _CURRENT.get()
+
+
+def current_ways() -> Ways | None:
+    """How the communicator set for this thread exchanges what lies on GPUs; None where there is none, or it has none."""
+    communicator = _CURRENT.get(None)
+    return None if communicator is None else communicator.device

@@ -19,7 +19,7 @@ from moecompiler.backends.base import BuildSettings
 from moecompiler.backends.tensorrt import TensorRTBackend
 from moecompiler.backends.tensorrt_record import Made
 from moecompiler.config import ExportOptions
-from moecompiler.graph import Program
+from moecompiler.graph import COLLECTIVES, Program
 from moecompiler.mapping import Mapping as RankMapping
 from moecompiler.plugin_switches import parse_plugins
 from moecompiler.runtime import device
@@ -41,6 +41,12 @@ class Library:
 
     def register(self) -> None:
         raise AssertionError("there is no plugin")
+
+    def compile_collectives(self, dtype: str, sm: int) -> bytes:
+        return f"{dtype} {sm}".encode()
+
+    def load_collectives(self, data: bytes) -> str:
+        return data.decode()
 
     def compile_sampling(self, vocab: int, dtype: str, sm: int) -> bytes | None:
         return None if self.without else f"{vocab} {dtype} {sm}".encode()
@@ -77,6 +83,28 @@ def test_built_and_loaded(
     session = backend.load(tmp_path, "rank0", LIMITS, 1)
     setting.sessions.add(session)
     assert session.can_sample is not without
+    assert session.collective_kernels is None
+
+
+def test_kernels_of_collectives(
+    setting: Setting, programs: Programs, shipped: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Are there where ranks exchange something, for the graph's type."""
+    build = importlib.import_module("moecompiler.backends.tensorrt_build")
+    plan = str(setting.directory / "rank0.onnx").encode()
+    monkeypatch.setattr(build, "build_plan", lambda *args: build.Plan(plan, b"", "{}"))
+    info = device.DeviceInfo(MADE.gpu, MADE.sm, MADE.driver, 1 << 30)
+    monkeypatch.setattr(device, "Device", lambda ordinal=0: SimpleNamespace(info=lambda: info))
+    monkeypatch.setattr(Library, "refusal", lambda self, node, *_: None if node.op_type in COLLECTIVES else "none")
+    monkeypatch.setattr(Library, "register", lambda self: None)
+    program = programs.optimized(shipped.config, RankMapping.create(2), 0, ExportOptions("float16", max_seq_len=MAX_SEQ_LEN))
+    backend, settings = TensorRTBackend(Library(setting)), BuildSettings(LIMITS, parse_plugins("off"))
+    staged = backend.build(program, shipped.reader, "rank0", tmp_path, settings, lambda fraction: None)
+    for name, temporary in staged.items():
+        os.replace(temporary, tmp_path / name)
+    session = backend.load(tmp_path, "rank0", LIMITS, 1)
+    setting.sessions.add(session)
+    assert session.collective_kernels == "float16 90"
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fake_gpu import FakeEngine
+from fake_gpu import FakeContext, FakeEngine
 from fake_session import LIMITS, Setting
 from programs import GRID, MAX_SEQ_LEN, Passage, run_ranks
 
 from moecompiler.backends.onnxruntime import OnnxRuntimeSession, open_session
 from moecompiler.errors import UserError
 from moecompiler.runtime import weight_loading
-from moecompiler.safetensors_file import write
+from moecompiler.runtime.communicator import Alone, using_communicator
+from moecompiler.runtime.device_communicator import Ways
+from moecompiler.safetensors_writing import write
 
 ALONE = GRID["one-rank"]
 
@@ -74,6 +77,36 @@ def test_collectives_are_not_captured(setting: Setting, passage: Passage, wanted
     session = setting.session(plugins={"model.layers.0.mlp/AllReduce_9": "AllReduce"})
     np.testing.assert_allclose(run_ranks([session], ALONE, passage), wanted, atol=0.02)
     assert setting.driver.captured == setting.driver.launched == 0
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_collectives_between_gpus_are_captured(waits: bool, setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a step has run in which no exchange went through the host; and what a peer did not send is not used."""
+    session, lost = setting.session(in_place=True, plugins={"model.layers.0.mlp/AllReduce_9": "AllReduce"}), list[str]()
+
+    def check() -> None:
+        for each in lost:
+            raise RuntimeError(each)
+
+    way = SimpleNamespace(capturable=not waits, takes=lambda nbytes, group: True, check=check)
+    way.all_reduce = lambda *_: None
+    ranks, enqueue = Alone(), FakeContext.execute_async_v3
+    ranks.device = Ways([way])
+
+    def exchanging(context: FakeContext, stream: int) -> bool:
+        ranks.device.all_reduce(0, 0, 1, "float16", (0, 1), stream)
+        return enqueue(context, stream)
+
+    monkeypatch.setattr(FakeContext, "execute_async_v3", exchanging)
+    one = np.zeros((1, 1), np.int64)
+    with using_communicator(ranks):
+        session.start(1)
+        for position in range(3):
+            session.step(one, one + position, one[0])
+        assert (setting.driver.captured, setting.driver.launched) == ((0, 0) if waits else (1, 2))
+        lost.append("a peer did not come")
+        with pytest.raises(RuntimeError, match="a peer did not come"):
+            session.step(one, one + 3, one[0])
 
 
 def test_call_takes_and_gives_caches(setting: Setting) -> None:

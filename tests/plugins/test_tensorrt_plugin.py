@@ -17,14 +17,15 @@ import pytest
 from fake_gpu import DataType, FakeDriver, Field, FieldType, fake_tensorrt
 
 from moecompiler.errors import UserError
+from moecompiler.graph import COLLECTIVES
 from moecompiler.plugins.fields import BakedTactic
 from moecompiler.plugins.launch import Cubin, Input, Launch, Output
 from moecompiler.plugins.library import TensorRTPlugins, plugin_ops
-from moecompiler.runtime import device
+from moecompiler.runtime import device, host_way
 from moecompiler.runtime.communicator import Communicator
 from moecompiler.runtime.threads import run_in_threads
 
-MODULES = ("moecompiler.plugins.tensorrt_plugin", "moecompiler.plugins.collective_plugin")
+MODULES = tuple(f"moecompiler.plugins.{name}_plugin" for name in ("tensorrt", "collective", "barrier"))
 BUILD = object()  # the phase, which is not looked at
 
 
@@ -33,7 +34,7 @@ class Setting:
 
     def __init__(self, tensorrt: Any, driver: FakeDriver):
         self.tensorrt, self.driver = tensorrt, driver
-        self.plugin, self.collective = (importlib.import_module(name) for name in MODULES)
+        self.plugin, self.collective, self.barrier = (importlib.import_module(name) for name in MODULES)
 
     def made(self, op: str, **attributes: float) -> Any:
         """A node's plugin, as the parser asks for it."""
@@ -54,8 +55,8 @@ def setting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Setting]:
     for name in MODULES:
         monkeypatch.delitem(sys.modules, name, raising=False)
     setting = Setting(tensorrt, driver)
-    for module in (setting.plugin, setting.collective):
-        monkeypatch.setattr(module, "driver", lambda: driver)
+    for module in (setting.plugin, host_way, setting.barrier):
+        monkeypatch.setattr(module, "driver", lambda: driver, raising=False)
     yield setting
     for name in MODULES:
         sys.modules.pop(name, None)
@@ -216,7 +217,7 @@ def test_register_once(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(atexit, "register", lambda *call: at_exit.append(call))
     TensorRTPlugins().register()
     registry = setting.tensorrt.get_plugin_registry()
-    names = [*plugin_ops(), "AllReduce", "AllGather"]
+    names = [*plugin_ops(), *COLLECTIVES, "Barrier"]
     found = [registry.get_creator(f"{name}Plugin", "1", "moecompiler") for name in names]
     assert None not in found
     TensorRTPlugins().register()
@@ -246,3 +247,20 @@ def test_collectives(op: str, wanted: list[list[float]], setting: Setting) -> No
     assert run_in_threads(2, run) == wanted
     times = SimpleNamespace(constant=lambda n: n, operation=lambda kind, a, b: f"{a}{kind}{b}")
     assert running.get_output_shapes([["b", "h"]], [], times) == [["b", "h*2"] if op == "AllGather" else ["b", "h"]]
+
+
+def test_a_barrier_copies(setting: Setting) -> None:
+    """All of it, and no more; what an engine kept makes another one."""
+    creator = setting.barrier.BarrierCreator()
+    made = creator.create_plugin("node", creator.create_plugin("node", [], BUILD).get_fields_to_serialize(), BUILD)
+    node = made.attach_to_context(None)
+    x, y = device.Buffer(32), device.Buffer(32)
+    setting.driver.array(x.pointer, (8,), np.float32)[...] = range(8)
+    shares = desc(2, 3, 1, kind=DataType.FLOAT)
+    assert node.enqueue([shares], [shares], [x.pointer], [y.pointer], 0, 0) == 0
+    setting.driver.cuStreamSynchronize(0)
+    copied = setting.driver.array(y.pointer, (8,), np.float32)
+    assert copied[:6].tolist() == [0, 1, 2, 3, 4, 5]
+    assert np.isnan(copied[6:]).all()
+    assert node.supports_format_combination(0, [shares, shares], 1)
+    assert not node.supports_format_combination(1, [shares, desc(2, 3, 1)], 1)
