@@ -73,9 +73,10 @@ def contrast(first: str, second: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def assert_legible(page: Page) -> None:
-    """Raises: AssertionError where a piece of text that is shown hardly differs from what it stands on."""
+def assert_legible(page: Page, least: int = 15) -> None:
+    """Raises: AssertionError where a piece of text that is shown hardly differs from what it stands on, or there are fewer than
+    ``least`` pairs of colours."""
     colours = page.evaluate(COLOURS)
-    assert len(colours) > 15
+    assert len(colours) >= least
     for colour, on, where in colours:
         assert contrast(colour, on) >= CONTRAST, f"{colour} on {on}: {where}"
