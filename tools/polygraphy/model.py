@@ -79,14 +79,16 @@ def write(directory: Path, output_dir: Path, rank: int, plugins: str, compute_ca
 
 
 def for_any(program: Program, name: str) -> tuple[Program, bytes]:
-    """As backend onnxruntime lowers it, without functions."""
-    import onnx.inliner
+    """Without functions, as backend onnxruntime lowers it."""
+    import onnx
 
     from moecompiler.backends.onnxruntime_lowering import lower
+    from moecompiler.backends.tensorrt_program import mark_plugins
 
-    lowered = lower(program)
-    inlined = Program(onnx.inliner.inline_local_functions(lowered.model), lowered.weights)
-    return inlined, point_weights_at(inlined, f"{name}.safetensors").model.SerializeToString(deterministic=True)
+    model = onnx.ModelProto()
+    model.CopyFrom(program.model)
+    lowered = lower(tidy(Program(mark_plugins(model, {}), program.weights)))
+    return lowered, point_weights_at(lowered, f"{name}.safetensors").model.SerializeToString(deterministic=True)
 
 
 def for_tensorrt(program: Program, plugins: str, compute_capability: str, name: str) -> tuple[Program, bytes]:
