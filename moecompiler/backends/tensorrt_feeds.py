@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from moecompiler.backends.tensorrt_engine import Engine, filled
-from moecompiler.runtime.device import Buffer, HostBuffer
+from moecompiler.runtime.device import Buffer, Event, HostBuffer
 from moecompiler.weights import Shape
 
 
@@ -22,6 +22,7 @@ class Feeds:
         }
         self.buffers = {name: Buffer(nbytes, "a step's values") for name, nbytes in sizes.items()}
         self._staging = {name: HostBuffer(nbytes) for name, nbytes in sizes.items()}
+        self._uploaded = Event()
 
     def bind(self, context: Any, tokens: tuple[int, int]) -> None:
         """Shapes and addresses for a step."""
@@ -31,13 +32,19 @@ class Feeds:
         context.set_tensor_address(self._engine.output, self.buffers[self._engine.output].pointer)
 
     def upload(self, arrays: Mapping[str, np.ndarray], rows: int) -> None:
-        """Zeros in the rows that no array has. The upload before must have come to its end."""
-        for name in self._engine.inputs:
+        """Zeros in the rows that no array has. Inputs without an array come from elsewhere."""
+        self._uploaded.wait()  # what is staged may still be on its way
+        for name in [name for name in self._engine.inputs if name in arrays]:
             array = arrays[name]
             staged = self._staged(name, (rows, *array.shape[1:]))
             staged[: len(array)] = array
             staged[len(array) :] = 0
             self._engine.stream.upload(self.buffers[name].pointer, staged)
+        self._uploaded.record(self._engine.stream)
+
+    def nbytes(self, name: str, tokens: tuple[int, int]) -> int:
+        """Of an input or the output in a step."""
+        return self._nbytes(name, filled(self._engine.shape(name), tokens))
 
     def download(self, context: Any) -> np.ndarray:
         """The output of the step that the stream has been given last, waited for, in an array of its own."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from moecompiler.runtime.device_link import DeviceLink
+
 
 class DeviceCommunicator(Protocol):
     """One way to exchange what lies on GPUs. Calls are put on ``stream`` (the driver's handle), and every rank of the group makes
@@ -54,13 +56,14 @@ class DeviceCommunicator(Protocol):
 class Ways:
     """The ways a rank has, the best first: each message takes the first that serves it. The last one serves all.
 
-    ``waits``: how many calls so far were not ``capturable``.
+    ``waits``: how many calls so far were not ``capturable``. ``link``: how hidden states go from stage to stage; None: by way of
+    the host.
     """
 
     name, capturable = "ways", False
 
-    def __init__(self, ways: Sequence[DeviceCommunicator]):
-        self.ways, self.waits = tuple(ways), 0
+    def __init__(self, ways: Sequence[DeviceCommunicator], link: DeviceLink | None = None):
+        self.ways, self.waits, self.link = tuple(ways), 0, link
 
     def way(self, nbytes: int, group: tuple[int, ...]) -> DeviceCommunicator:
         """The one for messages of ``nbytes`` over ``group``. Raises: LookupError where there is none."""

@@ -68,6 +68,9 @@ class NcclCommunicator:
             if status.value:
                 raise UserError(explain(self._library, f"what ranks {group} exchange", status.value))
 
+    def leave(self) -> None:
+        """Nothing of the peers' is held."""
+
     def close(self) -> None:
         """By ``ncclCommAbort``, which waits for nobody: a peer may be gone. Graphs that hold calls have to be gone before."""
         while self._handles:

@@ -18,12 +18,14 @@ import numpy as np
 
 from moecompiler.mapping import Mapping
 from moecompiler.runtime.communicator import Communicator, on_one_rank
+from moecompiler.runtime.device_link import DeviceLink
 from moecompiler.runtime.sampling import Sampler
-from moecompiler.runtime.session import Sampled, SamplingSession, StageSession
+from moecompiler.runtime.session import LinkedSession, Sampled, SamplingSession, StageSession
 
 if TYPE_CHECKING:
     from moecompiler.runtime.generation import GenerationOptions, OnTokens
 
+_NOTHING = np.empty(0, np.float32)
 Inputs = tuple[np.ndarray, np.ndarray, np.ndarray]  # input_ids, position_ids, both [B, S], and last_token_ids [B]
 
 
@@ -49,6 +51,21 @@ class Rank:
         session = self.session
         return session if self.samples and isinstance(session, SamplingSession) and session.can_sample else None
 
+    @cached_property
+    def link(self) -> DeviceLink | None:
+        """By which hidden states go from GPU to GPU, where they do."""
+        ways = self.communicator.device
+        return ways.link if ways is not None and isinstance(self.session, LinkedSession) else None
+
+    def start(self, batch: int) -> None:
+        """Begins a batch."""
+        self.session.start(batch)
+        if self.link is not None and isinstance(self.session, LinkedSession):
+            rank, next_stage = self.communicator.rank, self.mapping.tp_size
+            source = None if self.mapping.is_first_stage(rank) else rank - next_stage
+            to = None if self.mapping.is_last_stage(rank) else rank + next_stage
+            self.session.link(self.link, source, to)
+
     def begin(self, micro_batch: MicroBatch) -> None:
         """A stage before the last runs its part of the step and hands it on. The last one has time until it is to choose: what
         came first is chosen from first."""
@@ -73,12 +90,15 @@ class Rank:
             return self.device.sample_next()
         rank, next_stage = self.communicator.rank, self.mapping.tp_size
         input_ids, position_ids, last_token_ids = micro_batch.inputs
-        x = input_ids if self.mapping.is_first_stage(rank) else self.communicator.receive(rank - next_stage)
+        x = input_ids
+        if not self.mapping.is_first_stage(rank):
+            x = _NOTHING if self.link is not None else self.communicator.receive(rank - next_stage)
         step = self.device.sample if self.device is not None else self.session.step
         y: Any = step(x, position_ids, last_token_ids, micro_batch.first)
         if self.mapping.is_last_stage(rank):
             return y
-        self.communicator.send(y, rank + next_stage)
+        if self.link is None:
+            self.communicator.send(y, rank + next_stage)
         return None
 
 
@@ -144,7 +164,7 @@ def run_round(
     """Runs one batch; ``first`` is the index of its first prompt among all."""
     alone = rank.mapping.world_size == 1
     rows = split_rows(len(prompts), options.micro_batches or rank.mapping.pp_size)
-    rank.session.start(len(prompts))
+    rank.start(len(prompts))
     if rank.device is not None:
         sampler = Sampler(options.sampling, len(prompts), first)
         rank.device.start_sampling(sampler, prompts, options.max_output_len, options.keep_logits)

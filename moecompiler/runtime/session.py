@@ -9,6 +9,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
+from moecompiler.runtime.device_link import DeviceLink
 from moecompiler.runtime.sampling import Sampler
 
 
@@ -68,6 +69,16 @@ class SamplingSession(StageSession, Protocol):
     def sample_next(self) -> Sampled:
         """A step on the tokens of the last one, whatever they were; only where this stage is the first one too, and batches
         go undivided. The device may be a step ahead of what it has returned."""
+
+
+@runtime_checkable
+class LinkedSession(StageSession, Protocol):
+    """A session whose hidden states can come from another rank's GPU and go to one without a way through the host."""
+
+    def link(self, link: DeviceLink, source: int | None, to: int | None) -> None:
+        """From now on hidden states come from rank ``source`` and go to rank ``to`` by ``link``; None: no stage is on that side.
+        Where there is a source, ``x`` of a step is not looked at; where they go on, ``step`` returns an empty array. Nothing is
+        waited for but what the host has to give: tokens come back before a part's next step."""
 
 
 S = TypeVar("S")
