@@ -151,7 +151,7 @@ def test_ops_are_sorted_and_filtered(page: Page) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "scheme", "least"), [("bad", "light", 20), ("bad", "dark", 20), ("matrix", "dark", 8)]
+    ("name", "scheme", "least"), [("bad", "light", 12), ("bad", "dark", 12), ("matrix", "dark", 8)]
 )
 def test_light_and_dark(browser: Browser, pages: Pages, name: str, scheme: str, least: int) -> None:
     """By the system's setting, and by the button."""
