@@ -72,7 +72,7 @@ def _grid_executor() -> Any:
     """The interpreter's, over memory that is where it is: its own copies each tensor's storage to the host and back."""
     from triton.runtime.interpreter import GridExecutor
 
-    class InPlace(GridExecutor):  # type: ignore[misc]
+    class InPlace(GridExecutor):
         def _init_args_hst(self, args: Any, kwargs: Any) -> Any:
             return args, kwargs
 

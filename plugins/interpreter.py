@@ -6,13 +6,20 @@ interpreted; and what an interpreted kernel writes beside its tensors, it writes
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import multiprocessing
 import os
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from moecompiler.backends.interpreted_node import InterpretedNode
 from moecompiler.errors import UserError
 
 
@@ -23,6 +30,40 @@ def interpreter_pool(workers: int = 1) -> ProcessPoolExecutor:
     """
     check_triton()
     return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start)
+
+
+def interpret(node: str, file: str, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """See ``base.PluginLibrary.interpret``. Processes are started when they are needed, one for each thread that interprets at
+    the same time, and stay.
+
+    Raises: UserError where there is no Triton, or a kernel fails.
+    """
+    pool = _shared_pool()
+    try:
+        return pool.submit(_run_node, node, file, list(arrays)).result()
+    except UserError:
+        raise
+    except BrokenProcessPool:
+        _shared_pool.cache_clear()
+        raise UserError(_failed(node, "the process died: it read or wrote beside its tensors, or was killed")) from None
+    except Exception as error:
+        raise UserError(_failed(node, str(error) or type(error).__name__)) from None
+
+
+def _failed(node: str, why: str) -> str:
+    about = InterpretedNode.from_json(node)
+    return f"{about.name}: interpreting the kernels of plugin {about.op} (tactic {about.tactic}) failed: {why}"
+
+
+@functools.cache
+def _shared_pool() -> ProcessPoolExecutor:
+    return interpreter_pool(os.cpu_count() or 1)
+
+
+def _run_node(node: str, file: str, arrays: list[np.ndarray]) -> list[np.ndarray]:
+    from moecompiler.plugins.interpreted_node import run_node
+
+    return run_node(node, file, arrays)
 
 
 def check_triton() -> None:
@@ -40,6 +81,8 @@ def _start() -> None:
     from moecompiler.plugins.interpreter_numbers import mend
 
     mend()
+    # a tile's product is small: threads would wait for one another longer than they multiply
+    threadpool_limits(1)
 
 
 def _end_with_parent() -> None:

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -34,9 +33,16 @@ def _mend_bfloat16() -> None:
     known, builder = interpreter._get_np_dtype, interpreter.InterpreterBuilder
     load, cast, convert = interpreter._interpreter.load, builder.cast_impl, builder.create_fp_to_fp
 
+    dtypes: dict[str, np.dtype] = {"bf16": _BFLOAT16}
+
     def numpy_dtype(kind: Any) -> np.dtype:
+        """Known by names: looking them up takes the interpreter longer than adding."""
         element = kind.element_ty if isinstance(kind, tl.block_type) else kind
-        return _BFLOAT16 if element == tl.bfloat16 else known(kind)
+        if isinstance(element, tl.pointer_type):
+            return known(element)
+        if element.name not in dtypes:
+            dtypes[element.name] = known(element)
+        return dtypes[element.name]
 
     def masked_load(self: Any, ptrs: Any, mask: Any, other: Any, *how: Any, **more: Any) -> Any:
         kind = ptrs.get_element_ty()
@@ -65,18 +71,18 @@ def _mend_bfloat16() -> None:
 
 def _patch_once() -> None:
     """This process runs nothing but interpreted kernels, so what is patched stays so."""
-    patch, patched = interpreter._patch_lang, set[frozenset[int]]()
+    patch, patched = interpreter._patch_lang, set[int]()
 
     class Kept:
         def restore(self) -> None:
             """Nothing."""
 
+    kept = Kept()
+
     def patch_language(function: Any) -> Kept:
-        modules = (value for value in function.__globals__.values() if inspect.ismodule(value))
-        languages = frozenset(id(module) for module in modules if module in (tl, tl.core))
-        if languages not in patched:
+        if id(function) not in patched:
             patch(function)
-            patched.add(languages)
-        return Kept()
+            patched.add(id(function))
+        return kept
 
     interpreter._patch_lang = patch_language

@@ -17,7 +17,7 @@ from moecompiler.backends.base import BuildSettings, EngineLimits
 from moecompiler.config import ModelConfig
 from moecompiler.errors import UserError
 from moecompiler.packed import PACKED
-from moecompiler.plugin_switches import merge_legacy
+from moecompiler.plugin_switches import merge_legacy, parse_plugins
 from moecompiler.tools import options as opt
 from moecompiler.tools.backend import open_backend
 from moecompiler.tools.flags import EngineFlags, InstrumentFlags, SelectionFlags, WorkFlags
@@ -53,7 +53,9 @@ def build(
     check_engine(Job.of(source), engine, max_seq_len)
     check_engine_dir(output_dir)
     if source.stage == "export":
-        run_optimize(source, output_dir / "optimize", passes.for_backend(engine.backend), instruments, work)
+        run_optimize(
+            source, output_dir / "optimize", passes.for_backend(engine.backend, engine.plugins), instruments, work
+        )
         source = Artifact.open(output_dir / "optimize", ("optimize",))
     for note in run_build(source, output_dir, engine, work, max_seq_len):
         print(note)
@@ -86,7 +88,18 @@ def resolve_settings(job: Job, engine: EngineFlags, max_seq_len: int | None = No
     """Raises: UserError where an option cannot be, by itself or for this graph."""
     limits = resolve_limits(job, engine, max_seq_len)
     switches = merge_legacy(engine.plugins, job.export.dtype, engine.moe_plugin, engine.gpt_attention_plugin)
-    return BuildSettings(limits, switches, engine.moe_weights, resolve_capabilities(engine))
+    return BuildSettings(limits, switches, engine.moe_weights, resolve_capabilities(engine), resolve_tactics(engine))
+
+
+def resolve_tactics(engine: EngineFlags) -> tuple[str, ...]:
+    """The names in ``whole,thin tiles``. Raises: UserError where there are no interpreted plugins to have them."""
+    names = tuple(dict.fromkeys(name for each in engine.plugin_tactics.split(",") if (name := each.strip())))
+    if names and not (engine.backend == "onnxruntime" and parse_plugins(engine.plugins).insists):
+        raise UserError(
+            f"--plugin_tactics {engine.plugin_tactics}: only interpreted plugins are told their plans; leave it out, or give"
+            " --backend onnxruntime --plugins on"
+        )
+    return names
 
 
 def resolve_capabilities(engine: EngineFlags) -> tuple[str, ...]:

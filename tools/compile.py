@@ -44,7 +44,7 @@ def compile_(
     """Compile a checkpoint into engines: export + optimize + build."""
     job = make_job(source, parallel, graph, passes, partial(calibrate_beside, output_dir, calibration))
     job = smoothed(job, passes, calibration, output_dir)
-    passes = replace(passes.for_backend(engine.backend), recipe=job.quantization)
+    passes = replace(passes.for_backend(engine.backend, engine.plugins), recipe=job.quantization)
     check_instruments(instruments, passes.selection)
     for note in run_compile(job, output_dir, engine, passes, instruments, work, pack_weights):
         print(note)

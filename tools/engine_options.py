@@ -47,6 +47,16 @@ Plugins = Annotated[
         rich_help_panel=_PANEL,
     ),
 ]
+PluginTactics = Annotated[
+    str,
+    typer.Option(
+        "--plugin_tactics",
+        metavar="NAME,…",
+        help="For backend onnxruntime: plans of interpreted plugins (default: each op's first).",
+        show_default=False,
+        rich_help_panel=_PANEL,
+    ),
+]
 MoeWeightsOption = Annotated[
     MoeWeights,
     typer.Option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +16,9 @@ from moecompiler.runtime.generation import GenerationOptions, generate
 from moecompiler.runtime.session import closing
 from moecompiler.tools.job import Job
 from moecompiler.tools.together import together
+
+if TYPE_CHECKING:
+    from moecompiler.backends.onnxruntime_routing import CountingSession
 
 
 @dataclass(frozen=True)
@@ -50,14 +54,17 @@ def measure_load(
 ) -> list[RankLoad]:
     """Runs the prompts once more, with engines that show their routers; the load of every rank, on every rank."""
     from moecompiler.backends.onnxruntime_routing import load_counting
+    from moecompiler.plugins.library import TensorRTPlugins
 
     job, rank = Job.of(artifact), communicator.rank
     limits = EngineLimits(**artifact.header["limits"])
     top_k = job.model.num_experts_per_tok
 
-    with closing(
-        together(communicator, lambda: load_counting(artifact.directory, f"rank{rank}", limits, threads, top_k))
-    ) as session:
+    def load() -> CountingSession:
+        interpret = TensorRTPlugins().interpret
+        return load_counting(artifact.directory, f"rank{rank}", limits, threads, top_k, interpret)
+
+    with closing(together(communicator, load)) as session:
         generate(session, communicator, job.mapping, prompts, options)
         counts = np.sum(list(session.counts.values()), axis=0)
     everyone: list[np.ndarray] = communicator.gather_objects(counts)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from moecompiler.passes.pipelines import AUTO, default_pipeline
+from moecompiler.passes.pipelines import AUTO, PLUGINS, default_pipeline
 from moecompiler.passes.selection import Selection
+from moecompiler.plugin_switches import parse_plugins
 from moecompiler.quantization.recipe import QuantizationRecipe
 from moecompiler.tools import calibration_options as cal
 from moecompiler.tools import engine_options as eng
@@ -95,9 +96,10 @@ class SelectionFlags(QuantizationFlags):
         only, disable = tuple(self.only_pass or ()), tuple(self.disable_pass or ())
         return Selection(pipeline, only, disable, self.stop_after, self.recipe)
 
-    def for_backend(self, backend: str) -> SelectionFlags:
-        """With the pipeline of its own that ``auto`` stands for."""
-        return replace(self, pipeline=default_pipeline(backend)) if self.pipeline == AUTO else self
+    def for_backend(self, backend: str, plugins: str = AUTO) -> SelectionFlags:
+        """With the pipeline of its own that ``auto`` stands for; where ``plugins`` asks for any, that which makes fused ops."""
+        pipeline = PLUGINS if parse_plugins(plugins).insists else default_pipeline(backend)
+        return replace(self, pipeline=pipeline) if self.pipeline == AUTO else self
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ class EngineFlags:
     max_input_len: opt.MaxInputLen = None
     max_num_tokens: eng.MaxNumTokens = None
     plugins: eng.Plugins = "auto"
+    plugin_tactics: eng.PluginTactics = ""
     moe_plugin: eng.MoePlugin = opt.PluginDType.auto
     gpt_attention_plugin: eng.GptAttentionPlugin = opt.PluginDType.auto
     gemm_plugin: opt.GemmPlugin = opt.PluginDType.auto

@@ -152,9 +152,13 @@ def _print_rank(console: Console, data: dict[str, Any]) -> None:
 
 
 def _print_engine(console: Console, engine: dict[str, Any]) -> None:
-    """What a TensorRT engine's record says; see ``tensorrt_record.Record``."""
+    """What an engine's record says; see ``tensorrt_record.Record`` and ``onnxruntime_interpreted.Interpreted``."""
+    plugins = ", ".join(f"{op} {count}" for op, count in Counter(engine["plugins"].values()).most_common())
+    if "interpreted_sm" in engine:
+        tactics = ", ".join(sorted({f"{engine['plugins'][node]} {name}" for node, name in engine["tactics"].items()}))
+        console.print(f"  plugins, interpreted: {plugins or 'none'}; tactics: {tactics}", highlight=False)
+        return
     made = engine["made"]
     console.print(f"  runs on: SM {made['sm']} (built on {made['gpu']}), TensorRT {made['tensorrt']}", highlight=False)
-    plugins = ", ".join(f"{op} {count}" for op, count in Counter(engine["plugins"].values()).most_common())
     console.print(f"  plugins: {plugins or 'none'}; caches written in place: {len(engine['aliases'])}", highlight=False)
     console.print(f"  weights bound at run time: {len(engine['bound'])}", highlight=False)

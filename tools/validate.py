@@ -16,7 +16,7 @@ from rich.table import Table
 
 from moecompiler.artifact import Artifact
 from moecompiler.atomic import write_json_atomic
-from moecompiler.backends.base import EngineLimits
+from moecompiler.backends.base import Backend, EngineLimits
 from moecompiler.errors import UserError
 from moecompiler.quantization.recipe import QuantizationRecipe
 from moecompiler.quantized import formats_of, without
@@ -137,7 +137,7 @@ def validate_with(request: Request, artifact: Artifact, communicator: Communicat
         reader,
         scenarios,
         for_formats(
-            TOLERANCES[backend.compute_dtype(job.export.dtype)],
+            TOLERANCES[_computed(artifact, communicator.rank, backend)],
             formats_of(job.quantization),
             cache=job.quantization is not None and job.quantization.cache is not None,
         ),
@@ -146,6 +146,12 @@ def validate_with(request: Request, artifact: Artifact, communicator: Communicat
         every_part=request.every_part,
         threads=1 if artifact.world_size > 1 else 0,
     )
+
+
+def _computed(artifact: Artifact, rank: int, backend: Backend) -> str:
+    """The dtype whose rounding an engine has: plugins compute in the graph's."""
+    dtype = Job.of(artifact).export.dtype
+    return dtype if artifact.rank_info(rank).get("engine", {}).get("plugins") else backend.compute_dtype(dtype)
 
 
 def quantization_of(artifact: Artifact, rank: int) -> QuantizationRecipe | None:

@@ -69,8 +69,8 @@ class PluginLibrary(Protocol):
         """Raises: UserError where there is nothing to interpret plugins' kernels with."""
 
     def interpret(self, node: str, file: str, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Runs the plan of an ``InterpretedNode``, given as text, on the CPU; ``file``: that of its weights. ``arrays``: its other
-        inputs; floats, the results' too, are float32, whatever the node's own type.
+        """Runs the plan of an ``InterpretedNode``, given as text, on the CPU; ``file``: that of its weights. ``arrays``: its
+        other inputs; floats, the results' too, are float32, whatever the node's own type.
 
         Raises: UserError where a kernel fails.
         """

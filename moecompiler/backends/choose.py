@@ -24,7 +24,7 @@ def find_backend(
     if name == "onnxruntime":
         from moecompiler.backends.onnxruntime import OnnxRuntimeBackend
 
-        return OnnxRuntimeBackend()
+        return OnnxRuntimeBackend(plugins)
     if name == "tensorrt":
         from moecompiler.backends.tensorrt import TensorRTBackend
 

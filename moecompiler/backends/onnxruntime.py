@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import sys
+import json
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,19 @@ import onnx
 import onnxruntime
 
 from moecompiler.atomic import temporary_path
-from moecompiler.backends.base import BuildSettings, EngineLimits
+from moecompiler.backends.base import BuildSettings, EngineLimits, PluginLibrary
+from moecompiler.backends.interpreted_node import INTERPRETED_SM
+from moecompiler.backends.onnxruntime_interpreted import interpret_plugins
 from moecompiler.backends.onnxruntime_lowering import lower
-from moecompiler.errors import UserError
-from moecompiler.graph import Program, point_weights_at
+from moecompiler.backends.onnxruntime_operators import (
+    Interpret,
+    InterpretingSession,
+    find_weights,
+    library,
+    plugin_nodes,
+)
+from moecompiler.graph import Program, floating_type, point_weights_at
 from moecompiler.packing import pack
-from moecompiler.runtime.communicator import current_communicator
 from moecompiler.weights import TensorReader
 
 # onnxruntime-extensions registers its ops without a lock: two ranks of one process that load at once crash it
@@ -34,9 +39,13 @@ _NUMPY_TYPES = {
 
 
 class OnnxRuntimeBackend:
-    """See ``base.Backend``."""
+    """See ``base.Backend``. Plugins that are insisted on (``--plugins on``) are run by Triton's interpreter; else every op's
+    body is."""
 
     name = "onnxruntime"
+
+    def __init__(self, plugins: PluginLibrary | None = None):
+        self._plugins = plugins
 
     def version(self) -> str:
         return f"onnxruntime {onnxruntime.__version__}"
@@ -45,18 +54,25 @@ class OnnxRuntimeBackend:
         return {}
 
     def identity(self, settings: BuildSettings) -> dict[str, Any]:
-        return {}
+        if not settings.plugins.insists:
+            return {}
+        return {"plugins": str(settings.plugins), "tactics": settings.plugin_tactics, "sm": INTERPRETED_SM}
 
     def notes(self, dtype: str, settings: BuildSettings) -> list[str]:
-        """What a user should know of how a dtype is computed. Raises: UserError where plugins are insisted on."""
-        if settings.plugins.insists:
-            raise UserError(
-                f"--plugins {settings.plugins}: backend onnxruntime has no plugins and runs every op's body;"
-                " leave plugins at auto, or give --backend tensorrt"
-            )
+        """What a user should know of how a dtype is computed. Raises: UserError where plugins are insisted on and there is no
+        Triton."""
+        notes = []
         if dtype == "bfloat16":
-            return ["ONNX Runtime's CPU provider has few bfloat16 kernels: computes in float32 from bfloat16 weights"]
-        return []
+            notes.append(
+                "ONNX Runtime's CPU provider has few bfloat16 kernels: computes in float32 from bfloat16 weights"
+            )
+        if settings.plugins.insists:
+            self._library().check_interpreter()
+            notes.append(
+                f"--plugins {settings.plugins}: Triton's interpreter runs the plugins' kernels on the CPU, in {dtype}, as"
+                f" planned for SM {INTERPRETED_SM // 10}.{INTERPRETED_SM % 10}; it is slow, and kernels in CUDA C++ are left out"
+            )
+        return notes
 
     def compute_dtype(self, dtype: str) -> str:
         return "float32" if dtype == "bfloat16" else dtype
@@ -70,81 +86,90 @@ class OnnxRuntimeBackend:
         settings: BuildSettings,
         progress: Callable[[float], None],
     ) -> dict[str, Path]:
-        """Writes ``stem.onnx`` and ``stem.safetensors`` under temporary names; one weight is in memory at a time."""
+        """Writes ``stem.onnx`` and ``stem.safetensors`` under temporary names, where plugins are interpreted ``stem.engine.json``
+        too; one weight is in memory at a time."""
         model_name, weights_name = f"{stem}.onnx", f"{stem}.safetensors"
         staged = {name: temporary_path(directory / name) for name in (weights_name, model_name)}
+        record: dict[str, Any] = {}
+        if settings.plugins.insists:
+            interpreted = interpret_plugins(
+                program,
+                settings.plugins,
+                floating_type(program),
+                self._library(),
+                weights_name,
+                settings.plugin_tactics,
+            )
+            program, record = interpreted.program, interpreted.to_json()
         program = lower(program)
         pack([(staged[weights_name], program.weights)], reader, progress)
         model = point_weights_at(program, weights_name).model
         staged[model_name].write_bytes(model.SerializeToString(deterministic=True))
+        if record:
+            staged[f"{stem}.engine.json"] = temporary_path(directory / f"{stem}.engine.json")
+            staged[f"{stem}.engine.json"].write_text(json.dumps(record, indent=1))
         return staged
 
     def load(
         self, directory: Path, stem: str, limits: EngineLimits, threads: int, device: int = 0
     ) -> OnnxRuntimeSession:
-        return OnnxRuntimeSession(open_session(directory / f"{stem}.onnx", threads), limits)
+        return OnnxRuntimeSession(self.open(directory / f"{stem}.onnx", threads), limits)
+
+    def open(self, path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
+        """Loads an engine file. Raises: UserError where plugins are interpreted and there is no Triton."""
+        return open_session(path, threads, self.interpret)
+
+    def interpret(self, node: str, file: str, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """See ``base.PluginLibrary``."""
+        return self._library().interpret(node, file, arrays)
+
+    def _library(self) -> PluginLibrary:
+        if self._plugins is None:
+            raise ValueError("backend onnxruntime was made without a plugin library, and plugins are asked for")
+        return self._plugins
 
 
-def open_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
-    """Loads an engine file; collectives go through the communicator of the thread that runs it."""
+def open_session(path: Path, threads: int = 0, interpret: Interpret | None = None) -> onnxruntime.InferenceSession:
+    """Loads an engine file; collectives go through the communicator of the thread that runs it, plugins through ``interpret``."""
+    model = onnx.load(path, load_external_data=False)
+    if plugin_nodes(model):
+        return open_part(model, path.parent, threads, interpret)
     return open_model(str(path), onnxruntime.SessionOptions(), threads)
 
 
-def open_part(model: onnx.ModelProto, directory: Path, threads: int = 0) -> onnxruntime.InferenceSession:
+def open_part(
+    model: onnx.ModelProto, directory: Path, threads: int = 0, interpret: Interpret | None = None
+) -> onnxruntime.InferenceSession:
     """Loads a part of an engine file; its weights stay where they are, in ``directory``."""
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
-    return open_model(model.SerializeToString(), options, threads)
+    part = onnx.ModelProto()
+    part.CopyFrom(model)
+    find_weights(part, directory)
+    return open_model(part.SerializeToString(), options, threads, plugin_nodes(part), interpret)
 
 
-def open_model(model: str | bytes, options: onnxruntime.SessionOptions, threads: int) -> onnxruntime.InferenceSession:
-    """Loads a lowered model, a file's path or a file's bytes, with our operators."""
+def open_model(
+    model: str | bytes,
+    options: onnxruntime.SessionOptions,
+    threads: int,
+    plugins: Sequence[onnx.NodeProto] = (),
+    interpret: Interpret | None = None,
+) -> onnxruntime.InferenceSession:
+    """Loads a lowered model, a file's path or a file's bytes, with our operators; ``plugins``: those of its nodes that
+    ``interpret`` runs."""
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     # weights of 8 bits: its default multiplies by activations that it rounds to 8 bits too; this is float32
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if plugins and interpret is None:
+        raise ValueError("the model has plugins, and nothing to interpret them with")
     with _ONE_AT_A_TIME:
-        options.register_custom_ops_library(_collectives_library())
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-@functools.cache
-def _collectives_library() -> str:
-    """Registers the Python ops, once per process, as onnxruntime-extensions wants it; returns its library's path."""
-    with _hidden("torch", "transformers"):
-        from onnxruntime_extensions import PyCustomOpDef, get_library_path, onnx_op
-
-    signature = {
-        "inputs": [PyCustomOpDef.dt_float],
-        "outputs": [PyCustomOpDef.dt_float],
-        "attrs": {"group": PyCustomOpDef.dt_string},
-    }
-
-    @onnx_op(op_type="AllReduce", **signature)
-    def all_reduce(x: np.ndarray, group: str) -> np.ndarray:
-        return current_communicator().all_reduce(np.ascontiguousarray(x), _ranks(group))
-
-    @onnx_op(op_type="AllGather", **signature)
-    def all_gather(x: np.ndarray, group: str) -> np.ndarray:
-        return current_communicator().all_gather(np.ascontiguousarray(x), _ranks(group))
-
-    return get_library_path()
-
-
-@contextmanager
-def _hidden(*packages: str) -> Iterator[None]:
-    """onnxruntime-extensions imports these, if it can, for converters that nobody calls here: seconds in every rank."""
-    absent = [package for package in packages if package not in sys.modules]
-    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        for package in absent:
-            del sys.modules[package]
-
-
-def _ranks(group: str) -> tuple[int, ...]:
-    return tuple(int(rank) for rank in group.split(","))
+        options.register_custom_ops_library(library(node.op_type for node in plugins))
+        providers = ["CPUExecutionProvider"]
+        if plugins and interpret is not None:
+            return InterpretingSession(interpret, model, options, providers=providers)
+        return onnxruntime.InferenceSession(model, options, providers=providers)
 
 
 class OnnxRuntimeSession:

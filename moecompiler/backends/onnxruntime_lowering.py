@@ -8,10 +8,9 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from moecompiler.backends.onnxruntime_operators import CUSTOM_OPS_DOMAIN
 from moecompiler.graph import Program, is_collective
 from moecompiler.weights import NUMPY_DTYPES, Recipe
-
-CUSTOM_OPS_DOMAIN = "ai.onnx.contrib"
 
 
 def lower(program: Program) -> Program:
@@ -87,7 +86,8 @@ def _call_python_for_collectives(model: onnx.ModelProto) -> None:
         )
         if half:
             nodes.append(helper.make_node("Cast", [inner_y], [y], name=f"{node.name}.out", to=TensorProto.FLOAT16))
-    if any(node.domain == CUSTOM_OPS_DOMAIN for node in nodes):
+    declared = {each.domain for each in model.opset_import}
+    if CUSTOM_OPS_DOMAIN not in declared and any(node.domain == CUSTOM_OPS_DOMAIN for node in nodes):
         model.opset_import.append(helper.make_opsetid(CUSTOM_OPS_DOMAIN, 1))
     _set_nodes(model, nodes)
 

@@ -11,6 +11,7 @@ from onnx import helper
 
 from moecompiler.backends.base import EngineLimits
 from moecompiler.backends.onnxruntime import OnnxRuntimeSession, open_part
+from moecompiler.backends.onnxruntime_operators import Interpret, is_plugin
 
 _ROUTER = re.compile(r"model\.layers\.(\d+)\.mlp\.gate\.weight")
 
@@ -18,9 +19,17 @@ _ROUTER = re.compile(r"model\.layers\.(\d+)\.mlp\.gate\.weight")
 class CountingSession(OnnxRuntimeSession):
     """``counts``: by layer, how many tokens each expert was chosen for, ``[experts]`` int64, padding included."""
 
-    def __init__(self, model: onnx.ModelProto, directory: Path, limits: EngineLimits, threads: int, top_k: int):
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        directory: Path,
+        limits: EngineLimits,
+        threads: int,
+        top_k: int,
+        interpret: Interpret | None = None,
+    ):
         routers = show_router_logits(model)
-        super().__init__(open_part(model, directory, threads), limits)
+        super().__init__(open_part(model, directory, threads, interpret), limits)
         self._layers, self._top_k = list(routers), top_k
         self.counts: dict[int, np.ndarray] = {}
 
@@ -39,10 +48,12 @@ class CountingSession(OnnxRuntimeSession):
         return result
 
 
-def load_counting(directory: Path, stem: str, limits: EngineLimits, threads: int, top_k: int) -> CountingSession:
+def load_counting(
+    directory: Path, stem: str, limits: EngineLimits, threads: int, top_k: int, interpret: Interpret | None = None
+) -> CountingSession:
     """As the backend's ``load``."""
     model = onnx.load(directory / f"{stem}.onnx", load_external_data=False)
-    return CountingSession(model, directory, limits, threads, top_k)
+    return CountingSession(model, directory, limits, threads, top_k, interpret)
 
 
 def show_router_logits(model: onnx.ModelProto) -> dict[int, str]:
@@ -52,7 +63,7 @@ def show_router_logits(model: onnx.ModelProto) -> dict[int, str]:
         layer = next((int(match[1]) for name in node.input if (match := _ROUTER.match(name))), None)
         if layer is None:
             continue
-        if node.domain == "moecompiler":  # a fused MoE: tokens and router are its first inputs
+        if node.domain == "moecompiler" or is_plugin(node):  # a fused MoE: tokens and router are its first inputs
             names[layer] = f"{node.output[0]}/router_logits"
             transposed = f"{names[layer]}/router"
             model.graph.node.append(helper.make_node("Transpose", [node.input[1]], [transposed], perm=[1, 0]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from polygraphy.backend.base import BaseRunner
@@ -14,6 +15,10 @@ from moecompiler.backends.base import Backend, EngineLimits
 from moecompiler.runtime.session import CallableSession, StageSession
 from moecompiler.validation.reference_run import Arrays
 from moecompiler.validation.runners import ModuleRunner
+
+if TYPE_CHECKING:
+    import onnx
+    import onnxruntime
 
 _ORT_TYPES = {
     "tensor(float16)": "float16",
@@ -26,13 +31,13 @@ _ORT_TYPES = {
 @dataclass(frozen=True)
 class Engine:
     """``runner``: makes, from an example of its inputs, what runs one step on given inputs, by the graph's names. ``types``: the
-    dtype of each input. ``stage``: the same engine behind the interface of generation. ``has_parts``: whether its graph can be
-    run in parts."""
+    dtype of each input. ``stage``: the same engine behind the interface of generation. ``open_part``: opens a part of its graph
+    as a session of ONNX Runtime; None where it cannot be run in parts."""
 
     runner: Callable[[Arrays], BaseRunner]
     types: dict[str, np.dtype]
     stage: StageSession
-    has_parts: bool
+    open_part: Callable[[onnx.ModelProto], onnxruntime.InferenceSession] | None
 
 
 def open_engine(artifact: Artifact, backend: Backend, rank: int, threads: int) -> Engine:
@@ -40,14 +45,18 @@ def open_engine(artifact: Artifact, backend: Backend, rank: int, threads: int) -
     limits, stem = EngineLimits(**artifact.header["limits"]), f"rank{rank}"
     name = f"engine of rank {rank}"
     if backend.name == "onnxruntime":
-        from moecompiler.backends.onnxruntime import OnnxRuntimeSession, open_session
+        from moecompiler.backends.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeSession, open_part, open_session
 
-        session = open_session(artifact.path(f"{stem}.onnx"), threads)
+        assert isinstance(backend, OnnxRuntimeBackend)
+        session = open_session(artifact.path(f"{stem}.onnx"), threads, backend.interpret)
         types = {value.name: np.dtype(_ORT_TYPES[value.type]) for value in session.get_inputs()}
         return Engine(
-            lambda _: OnnxrtRunner(lambda: session, name=name), types, OnnxRuntimeSession(session, limits), True
+            lambda _: OnnxrtRunner(lambda: session, name=name),
+            types,
+            OnnxRuntimeSession(session, limits),
+            lambda part: open_part(part, artifact.directory, threads, backend.interpret),
         )
     stage = backend.load(artifact.directory, stem, limits, threads, device=rank)
     if not isinstance(stage, CallableSession):
         raise TypeError(f"engines of backend {backend.name} cannot be run on given inputs")
-    return Engine(lambda example: ModuleRunner(stage.call, example, name), stage.input_types, stage, False)
+    return Engine(lambda example: ModuleRunner(stage.call, example, name), stage.input_types, stage, None)

@@ -7,14 +7,14 @@ output changes what the backend fuses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 
-from moecompiler.backends.onnxruntime import open_part
 from moecompiler.cutting import cut
 from moecompiler.graph import load_program, output_of
 from moecompiler.runtime.communicator import Communicator, using_communicator
@@ -40,15 +40,20 @@ class PartReport:
 
 
 def localize(
-    directory: Path, place: RankPlace, records: Sequence[RankStep], tolerance: Tolerance, communicator: Communicator
+    directory: Path,
+    open_part: Callable[[onnx.ModelProto], onnxruntime.InferenceSession],
+    place: RankPlace,
+    records: Sequence[RankStep],
+    tolerance: Tolerance,
+    communicator: Communicator,
 ) -> list[PartReport]:
-    """Runs every part of one rank's engine. Its peers must do the same meanwhile."""
+    """Runs every part of one rank's engine, which is in ``directory``. Its peers must do the same meanwhile."""
     model = load_program(directory / f"rank{place.rank}.onnx").model
     recorder = RecordingCommunicator(communicator)
     reports = []
     for name in _cuts(model, place):
         part = cut(model, [name], stops={*records[0].inner})
-        session = open_part(part, directory)
+        session = open_part(part)
         wanted = {value.name: value.type for value in session.get_inputs()}
         errors, own_errors = [], []
         for record in records:

@@ -90,8 +90,8 @@ def validate_rank(
         )
     mine_passed = all(each.passed for each in outputs) and all(each.passed for each in quality)
     parts: list[PartReport] = []
-    if (every_part or not all(communicator.gather_objects(mine_passed))) and engine.has_parts:
-        parts = localize(artifact.directory, place, records, tolerance, communicator)
+    if (every_part or not all(communicator.gather_objects(mine_passed))) and engine.open_part:
+        parts = localize(artifact.directory, engine.open_part, place, records, tolerance, communicator)
     gathered = communicator.gather_objects((outputs, parts))
     return Report(
         tolerance,
