@@ -79,11 +79,11 @@ class IpcCommunicator:
         return group in self._memberships
 
     def all_reduce(self, x: int, y: int, elements: int, dtype: str, group: Group, stream: int) -> None:
-        region = self._region(group, dtype, x, y)
+        region = self._checked(group, dtype, x, y)
         self._launch(group, lambda: self._kernels.all_reduce(x, y, elements, region, stream))
 
     def all_gather(self, x: int, y: int, rows: int, columns: int, dtype: str, group: Group, stream: int) -> None:
-        region = self._region(group, dtype, x, y)
+        region = self._checked(group, dtype, x, y)
         self._launch(group, lambda: self._kernels.all_gather(x, y, rows, columns, region, stream))
 
     def norm_fits(self, rows: int, hidden: int, dtype: str, group: Group) -> bool:
@@ -103,7 +103,7 @@ class IpcCommunicator:
         stream: int,
     ) -> None:
         """As ``CollectiveKernels.all_reduce_add_rms_norm``; ``norm_fits`` has said that it can."""
-        region = self._region(group, dtype, *inputs, *outputs)
+        region = self._checked(group, dtype, *inputs, *outputs)
         self._launch(
             group,
             lambda: self._kernels.all_reduce_add_rms_norm(inputs, outputs, rows, hidden, epsilon, region, stream),
@@ -125,12 +125,16 @@ class IpcCommunicator:
             each.let_go()
         self._memberships.clear()
 
-    def _region(self, group: Group, dtype: str, *pointers: int) -> Region:
+    def region(self, group: Group) -> Region:
+        """This rank's, in a group that it serves."""
+        return self._memberships[group].region
+
+    def _checked(self, group: Group, dtype: str, *pointers: int) -> Region:
         if dtype != self._kernels.dtype:
             raise ValueError(f"the kernels of collectives are for {self._kernels.dtype}, not for {dtype}")
         if any(pointer % 16 for pointer in pointers):
             raise ValueError("a collective's tensors begin at multiples of 16 bytes")
-        return self._memberships[group].region
+        return self.region(group)
 
     def _launch(self, group: Group, launch: Callable[[], None]) -> None:
         if not self._memberships[group].threads:

@@ -30,13 +30,15 @@ def compile_collectives(dtype: str, sm: int, sizes: Sizes = USUAL) -> bytes:
 
 class Collectives:
     """See ``moecompiler.runtime.collective_kernels.CollectiveKernels``. Loads its kernels into the current CUDA context.
+    ``most_once``: bytes of a message that takes one shot, to measure with; up to the ``one_shot`` they are compiled for.
 
     Raises: UserError where ``data`` is not what ``compile_collectives`` of this version makes.
     """
 
     most_ranks = launch.MOST_RANKS
 
-    def __init__(self, data: bytes):
+    def __init__(self, data: bytes, most_once: int | None = None):
+        self._most_once = most_once
         plan, _, cubins = data.partition(b"\n")
         try:
             baked = unpack({PLAN: plan, CUBINS: cubins})
@@ -60,7 +62,8 @@ class Collectives:
         return launch.head(rank, pointers, patience_ns, told)
 
     def all_reduce(self, x: int, y: int, elements: int, region: Region, stream: int) -> None:
-        self._run(launch.all_reduce(x, y, elements, self.dtype, region, self._sizes), stream)
+        plan = launch.all_reduce(x, y, elements, self.dtype, region, self._sizes, self._most_once)
+        self._run(plan, stream)
 
     def all_gather(self, x: int, y: int, rows: int, columns: int, region: Region, stream: int) -> None:
         self._run(launch.all_gather(x, y, rows, columns, self.dtype, region, self._sizes), stream)

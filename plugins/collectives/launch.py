@@ -88,11 +88,16 @@ def one_shot_bytes(ranks: int, sizes: Sizes) -> int:
     return sizes.one_shot // (1 if ranks == 2 else 2 if ranks <= 4 else 4)
 
 
-def all_reduce(x: int, y: int, elements: int, dtype: str, region: Region, sizes: Sizes) -> Iterator[tuple[str, Launch]]:
-    """Launches by the names of their kernels. ``x``, ``y``: device pointers, multiples of 16."""
+def all_reduce(
+    x: int, y: int, elements: int, dtype: str, region: Region, sizes: Sizes, most_once: int | None = None
+) -> Iterator[tuple[str, Launch]]:
+    """Launches by the names of their kernels. ``x``, ``y``: device pointers, multiples of 16; ``most_once``: bytes of a message
+    that takes one shot, where that is not ``one_shot_bytes``."""
+    if most_once is None:
+        most_once = one_shot_bytes(region.ranks, sizes)
     width = BYTES[dtype]
     most = sizes.slot // width
-    if 0 < elements * width <= one_shot_bytes(region.ranks, sizes):
+    if 0 < elements * width <= most_once:
         yield "one_shot", _launch(_programs(elements * width, 1, region, sizes), x, y, region.pointer, elements)
         return
     for first in range(0, elements, most):
