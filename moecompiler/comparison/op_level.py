@@ -61,7 +61,7 @@ def _measure(
 ) -> list[OpCase]:
     node, family = captured.node, family_of(captured.node.op)
     weights = weights_of(node, tensors)
-    attributes = _attributes(node)
+    attributes = attributes_of(node)
     present = None
     if "present_key" in node.outputs:
         (whole,) = evaluator(weights, [captured.feeds])
@@ -86,7 +86,7 @@ def _measure(
             if name in programs.timed:
                 times[name] = _milliseconds(runner, feeds["real"])
     return [
-        _compare(node, case, output, exact[case][output], {name: got[name][case][tensor] for name in got},
+        compare_output(node, case, output, exact[case][output], {name: got[name][case][tensor] for name in got},
                  cases[case], attributes, times if case == "real" else {})
         for case in cases
         for output, tensor in node.outputs.items()
@@ -101,12 +101,13 @@ def _milliseconds(runner: Any, feeds: Arrays) -> float:
     return 1e3 * float(np.median(times))
 
 
-def _attributes(node: OpNode) -> dict[str, Any]:
+def attributes_of(node: OpNode) -> dict[str, Any]:
+    """Of the node itself."""
     (own,) = node.program.model.graph.node
     return {each.name: helper.get_attribute_value(each) for each in own.attribute}
 
 
-def _compare(
+def compare_output(
     node: OpNode,
     case: str,
     output: str,
@@ -116,6 +117,8 @@ def _compare(
     attributes: Mapping[str, Any],
     times: Mapping[str, float],
 ) -> OpCase:
+    """One output of a node: ``got`` by program, the first of two in question, against ``exact``; ``feeds``: by the op's names.
+    ``times``: milliseconds by program."""
     dtype = node.types[node.outputs[output]]
     rows, counted = (
         exact.reshape(-1, exact.shape[-1]),
