@@ -22,12 +22,14 @@ from moecompiler.artifact import Artifact
 from moecompiler.errors import UserError
 from moecompiler.mapping import Mapping
 from moecompiler.runtime.communicator import Communicator
+from moecompiler.runtime.connections import connected
 from moecompiler.runtime.generation import GenerationOptions, check_request, generate
 from moecompiler.runtime.places import places_of
 from moecompiler.runtime.sampling import SamplingOptions
 from moecompiler.runtime.session import StageSession, closing
 from moecompiler.runtime.threads import run_in_threads
 from moecompiler.runtime.watchdog import PATIENCE_SECONDS
+from moecompiler.runtime.ways import Asked
 from moecompiler.tools import options as opt
 from moecompiler.tools.engine_dirs import directory_of, open_engines
 from moecompiler.tools.expert_load import RankLoad, check_backend, measure_load
@@ -73,15 +75,19 @@ class Request:
     threads: int
     check_hashes: bool
     expert_load: bool = False
+    collectives: Asked = Asked.auto
+    micro_batches: int | None = None
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one run of ``bench``. ``loads``: by case, each rank's share of the tokens, where that is asked for."""
+    """Of one run of ``bench``. ``loads``: by case, each rank's share of the tokens, where that is asked for. ``ways``: in words,
+    which way ranks exchange what, and why."""
 
     artifact: Artifact
     figures: list[Figures]
     loads: list[list[RankLoad]]
+    ways: list[str]
 
 
 def bench(
@@ -104,6 +110,8 @@ def bench(
         bool, typer.Option("--expert_load", help="Also count the tokens of each rank's experts (backend onnxruntime).")
     ] = False,
     watchdog_s: opt.WatchdogS = PATIENCE_SECONDS,
+    collectives: opt.Collectives = Asked.auto,
+    micro_batches: opt.MicroBatches = None,
     output_json: Annotated[Path | None, typer.Option("--output_json", help="Also write the figures here.")] = None,
     as_json: opt.Json = False,
 ) -> int:
@@ -115,7 +123,9 @@ def bench(
     ]
     cases = tuple(Case(*sizes) for sizes in product(*lists))
     sampling = SamplingOptions(temperature, top_k, top_p, seed)
-    request = Request(engine_dir, cases, runs, warmup, sampling, threads, check_hashes, expert_load)
+    request = Request(
+        engine_dir, cases, runs, warmup, sampling, threads, check_hashes, expert_load, collectives, micro_batches
+    )
 
     def rank(communicator: Communicator) -> None:
         measured = bench_engines(request, communicator)
@@ -151,16 +161,19 @@ def bench_engines(request: Request, communicator: Communicator) -> Measured:
     def load() -> StageSession:
         return load_rank(artifact, place.rank, threads, request.check_hashes, place.local_rank)
 
-    with closing(together(communicator, load)) as session:
+    with (
+        closing(together(communicator, load)) as session,
+        connected(request.collectives, communicator, job.mapping, session) as ways,
+    ):
         for case in request.cases:
             _check_case(case, session, communicator, job.mapping)
         vocab_size = session.vocab_size
         figures = [_measure(case, request, session, communicator, job.mapping) for case in request.cases]
     loads = []
     for case in request.cases if request.expert_load else ():
-        prompts, options = _prompts(case, request, vocab_size), GenerationOptions(case.output_len, request.sampling)
+        prompts, options = _prompts(case, request, vocab_size), _options(case, request)
         loads.append(measure_load(artifact, communicator, threads, prompts, options))
-    return Measured(artifact, figures, loads)
+    return Measured(artifact, figures, loads, ways)
 
 
 def _check_case(case: Case, session: StageSession, communicator: Communicator, mapping: Mapping) -> None:
@@ -186,7 +199,7 @@ def _measure(
 ) -> Figures:
     """Runs a case ``warmup + runs`` times; no token ends a sequence early."""
     prompts = _prompts(case, request, session.vocab_size)
-    options = GenerationOptions(case.output_len, request.sampling)
+    options = _options(case, request)
     first: list[float] = []
     whole: list[float] = []
     steps: list[float] = []
@@ -206,6 +219,10 @@ def _measure(
         decode_tokens_per_s=case.batch_size / step if step else 0.0,
         total_tokens_per_s=case.batch_size * (case.input_len + case.output_len) / median(whole),
     )
+
+
+def _options(case: Case, request: Request) -> GenerationOptions:
+    return GenerationOptions(case.output_len, request.sampling, micro_batches=request.micro_batches)
 
 
 def _prompts(case: Case, request: Request, vocab_size: int) -> list[list[int]]:
@@ -232,6 +249,7 @@ def _report(measured: Measured, output_json: Path | None, as_json: bool) -> None
         "runtime": artifact.header.get("runtime"),
         "mapping": artifact.header["mapping"],
         "dtype": artifact.header["export"]["dtype"],
+        "ways": measured.ways,
         "figures": [asdict(each) for each in results],
     } | {key: artifact.header[key] for key in ("made",) if key in artifact.header}
     if measured.loads:
@@ -244,6 +262,8 @@ def _report(measured: Measured, output_json: Path | None, as_json: bool) -> None
     if as_json:
         print(json.dumps(data, indent=2))
         return
+    for line in measured.ways:
+        print(line)
     table = Table("batch", "in", "out", "first, ms", "step, ms", "p90, ms", "decode/s", "all/s")
     for each in results:
         times = (each.time_to_first_token_s, each.step_s, each.step_p90_s)

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from moecompiler.runtime.ways import Asked
+
 _SOURCE, _PARALLEL, _GRAPH, _PASSES = "Checkpoint", "Parallel mapping", "Graph", "Passes"
 _ENGINE, _WORK = "Engine", "Work"
 
@@ -213,6 +215,23 @@ WatchdogS = Annotated[
     float,
     typer.Option(
         "--watchdog_s", min=0.0, help="End all ranks when one gives no sign of life for so many seconds (0: never)."
+    ),
+]
+Collectives = Annotated[
+    Asked,
+    typer.Option(
+        "--collectives",
+        metavar="WAY",
+        help="How GPUs exchange: auto (the best there is), ipc, nccl or host.",
+    ),
+]
+MicroBatches = Annotated[
+    int | None,
+    typer.Option(
+        "--micro_batches",
+        min=1,
+        help="Parts of a batch that follow one another through the stages (default: as many as stages).",
+        show_default=False,
     ),
 ]
 PackWeights = Annotated[

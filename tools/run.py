@@ -16,6 +16,7 @@ from moecompiler.artifact import Artifact
 from moecompiler.backends.base import EngineLimits
 from moecompiler.errors import UserError
 from moecompiler.runtime.communicator import Communicator, on_one_rank
+from moecompiler.runtime.connections import connected
 from moecompiler.runtime.generation import Generation, GenerationOptions, check_request, generate
 from moecompiler.runtime.outputs import check_writable, write_logits_npy, write_tokens_csv, write_tokens_npy
 from moecompiler.runtime.places import places_of
@@ -24,6 +25,7 @@ from moecompiler.runtime.sampling import SamplingOptions
 from moecompiler.runtime.session import StageSession, closing
 from moecompiler.runtime.threads import run_in_threads
 from moecompiler.runtime.watchdog import PATIENCE_SECONDS
+from moecompiler.runtime.ways import Asked
 from moecompiler.tools import options as opt
 from moecompiler.tools.backend import open_backend
 from moecompiler.tools.engine_dirs import directory_of, open_engines
@@ -52,6 +54,9 @@ class Request:
     summary_json: Path | None
     threads: int
     check_hashes: bool
+    collectives: Asked = Asked.auto
+    micro_batches: int | None = None
+    verbose: bool = False
 
 
 def run(
@@ -111,6 +116,11 @@ def run(
         typer.Option("--check_hashes/--no_check_hashes", help="Compare files with the manifest.", rich_help_panel=_HOW),
     ] = True,
     watchdog_s: opt.WatchdogS = PATIENCE_SECONDS,
+    collectives: opt.Collectives = Asked.auto,
+    micro_batches: opt.MicroBatches = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say which way ranks exchange what, and why.", rich_help_panel=_HOW)
+    ] = False,
     start_ranks: Annotated[
         bool, typer.Option("--launch", help="Call mpirun, so that all ranks run.", rich_help_panel=_HOW)
     ] = False,
@@ -137,6 +147,9 @@ def run(
         summary_json,
         threads,
         check_hashes,
+        collectives,
+        micro_batches,
+        verbose,
     )
     if not start_ranks and (hosts is not None or mpirun is not None):
         raise UserError("--hosts and --mpirun are of --launch, which calls mpirun: give it too")
@@ -168,7 +181,12 @@ def run_rank(request: Request, communicator: Communicator) -> Generation:
     def load() -> StageSession:
         return load_rank(artifact, place.rank, threads, request.check_hashes, place.local_rank)
 
-    with closing(together(communicator, load)) as session:
+    with (
+        closing(together(communicator, load)) as session,
+        connected(request.collectives, communicator, job.mapping, session) as ways,
+    ):
+        for line in ways if request.verbose and communicator.rank == 0 else ():
+            print(f"note: {line}", file=sys.stderr)
         return _run_loaded(request, artifact, communicator, job, options, session)
 
 
@@ -223,7 +241,9 @@ def _generation_options(request: Request, job: Job, writes: bool) -> GenerationO
         if writes and (path := getattr(request, option)):
             check_writable(path, f"--{option}")
     keep_logits = request.output_logits_npy is not None
-    return GenerationOptions(request.max_output_len, request.sampling, job.model.eos_token_ids, keep_logits)
+    return GenerationOptions(
+        request.max_output_len, request.sampling, job.model.eos_token_ids, keep_logits, request.micro_batches
+    )
 
 
 def _tokenizer_dir(request: Request, artifact: Artifact) -> Path | None:

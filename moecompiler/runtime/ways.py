@@ -52,9 +52,12 @@ def choose_way(asked: Asked, ends: Sequence[Endpoint], nbytes: int) -> Way:
 
     Raises: UserError where one way is insisted on that is not there.
     """
-    if ends[0].gpu is None or asked is Asked.host:
+    on_cpu = ends[0].gpu is None
+    if on_cpu and asked in (Asked.ipc, Asked.nccl):
+        raise UserError(f"--collectives {asked.value}: these engines run on the CPU; leave it out")
+    if on_cpu or asked is Asked.host:
         medium = "threads of one process" if _one_process(ends) else "MPI"
-        return Way("host", f"{medium}, --collectives host" if ends[0].gpu else f"{medium}, on the CPU")
+        return Way("host", f"{medium}, on the CPU" if on_cpu else f"{medium}, --collectives host")
     refusals = {Asked.ipc: ipc_refusal(ends), Asked.nccl: nccl_refusal(ends)}
     if asked in refusals:
         if reason := refusals[asked]:

@@ -54,7 +54,6 @@ TABLE = [
     ("threads", "auto", LARGE, "ipc", "no NCCL: ranks are threads of one process"),
     ("no kernels", "auto", SMALL, "nccl", "no CUDA IPC: the engine has no kernels for it"),
     ("CPU", "auto", LARGE, "host", "MPI, on the CPU"),
-    ("CPU", "nccl", LARGE, "host", "MPI, on the CPU"),
     ("threads, CPU", "auto", SMALL, "host", "threads of one process, on the CPU"),
 ]
 LINKS = [
@@ -89,6 +88,7 @@ def test_between_stages(setting: str, asked: str, name: str) -> None:
         ("two hosts", "ipc", "--collectives ipc: ranks 0 and 1 are on two hosts; give --collectives auto"),
         ("one GPU", "nccl", "--collectives nccl: NCCL takes one rank of each GPU, and ranks 0 and 1 share gpu0 of a"),
         ("nothing", "nccl", "--collectives nccl: NCCL cannot be used"),
+        ("CPU", "ipc", "--collectives ipc: these engines run on the CPU; leave it out"),
     ],
 )
 def test_what_is_insisted_on_and_not_there(setting: str, asked: str, message: str) -> None:

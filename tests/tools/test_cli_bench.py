@@ -38,6 +38,7 @@ def test_table_of_several_ranks(here: Here, engines: Engines) -> None:
     header, row = [line for line in said.out.splitlines() if "first" in line or "│ 1 " in line]
     assert [cell.strip() for cell in row.split("│")][1:4] == ["1", "7", "1"]
     assert "step, ms" in header
+    assert "collectives: host (threads of one process, on the CPU); ranks 0,1" in said.out
     assert "0.000" in row  # with one token there are no steps after the first
 
 
@@ -49,6 +50,7 @@ def test_table_of_several_ranks(here: Here, engines: Engines) -> None:
         (("--input_len", "64", "--output_len", "65"), "more than the engine's max_seq_len 128"),
         (("--batch_size", "1,x"), "--batch_size '1,x': give whole numbers above 0, joined by commas"),
         (("--output_len", "0"), "--output_len '0': give whole numbers above 0"),
+        (("--micro_batches", "0"), "--micro_batches"),
         (("--output_json", "/nowhere/x.json", "--output_len", "1", "--input_len", "1", *FAST), "cannot be written"),
     ],
 )
@@ -57,6 +59,12 @@ def test_refused(arguments: tuple[str, ...], message: str, here: Here, engines: 
     assert said.status == 2
     (line,) = said.complaints
     assert message in line
+
+
+def test_ways_that_the_cpu_has_not(here: Here, engines: Engines) -> None:
+    said = here("bench", "--engine_dir", engines("ep2"), "--in_process", "--collectives", "nccl", *FAST)
+    assert said.status == 2
+    assert "--collectives nccl: these engines run on the CPU; leave it out" in said.complaints[0]
 
 
 def test_two_ranks_need_two(here: Here, engines: Engines) -> None:

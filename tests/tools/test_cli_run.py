@@ -78,6 +78,20 @@ def test_processes_threads_and_one_rank_agree(
     np.testing.assert_allclose(got, logits, atol=2e-4, rtol=0)
 
 
+def test_micro_batches(
+    engines: Engines, here: Here, tmp_path: Path, batch_of_one_rank: tuple[list[list[int]], np.ndarray]
+) -> None:
+    """Undivided, and one by one: what one rank says. It is said which way what goes."""
+    for count in (1, 3):
+        folder = tmp_path / str(count)
+        more = ("--input_text", *PROMPTS, "--in_process", "--micro_batches", count, "-v")
+        said = here(*words(engines("tp2-pp2"), *files(folder), *more))
+        assert said.status == 0, said.err
+        assert read_ids(folder / "ids.csv") == batch_of_one_rank[0]
+        np.testing.assert_allclose(np.load(folder / "logits.npy"), batch_of_one_rank[1], atol=2e-4, rtol=0)
+        assert "note: from stage to stage: host (threads of one process, on the CPU); ranks 0,2 1,3" in said.err
+
+
 def test_what_the_files_hold(
     engines: Engines, tokenizer: Any, batch_of_one_rank: tuple[list[list[int]], np.ndarray]
 ) -> None:
