@@ -6,7 +6,12 @@ against another. docs/comparison.md has what was measured when these were set.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass
+
 from moecompiler.comparison.result import Ulps
+from moecompiler.quantization.schemes import Format
+from moecompiler.validation.tolerances import TOLERANCES, against_float, for_formats
 
 RATIO = 1.1
 """Of mean errors, up to which the first program is not further from the truth: the lower end of the ratio's interval is held
@@ -28,3 +33,61 @@ def further(first: Ulps, second: Ulps, interval: tuple[float, float] | None) -> 
     if interval[0] > RATIO and first.mean > ROUNDED:
         return True
     return first.max > WORST_TIMES * max(second.max, 1.0)
+
+
+BESIDE = 2.0
+"""A layer's error in the first program may be so many times that in the second."""
+
+BETWEEN_TIMES = 2.0
+"""The programs may be so many times as far from each other as each may be from the reference: both err on their own."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """``hidden``: relative error of hidden states, prefill or a stretch of decode, at the worst place; ``replayed_hidden``:
+    the same with routing replayed; ``beside``: over the other program's; ``kl``: nats a token from the reference, ``top1``
+    the least agreement, ``perplexity`` the relative increase; ``between``: nats a token of one program from the other;
+    ``tie``: the margin in logits where greedy texts may part; ``rerouted`` and ``beyond_ties``: shares of (layer, token);
+    ``margin``: the relative margin of a router that rounding may decide."""
+
+    hidden: float
+    replayed_hidden: float
+    beside: float
+    kl: float
+    top1: float
+    perplexity: float
+    between: float
+    tie: float
+    rerouted: float
+    beyond_ties: float
+    margin: float
+
+
+_HIDDEN = {"float32": 1e-3, "float16": 0.15, "bfloat16": 0.5}
+_REPLAYED = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 0.15}
+_PERPLEXITY = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
+_BEYOND_TIES = 0.05  # a token that another expert computed in one layer is another token in the next ones
+
+
+def bounds_for(
+    dtype: str, formats: Collection[Format] = (), *, cache: bool = False, tokens: int = 0, against_floats: bool = False
+) -> Bounds:
+    """Of programs of ``dtype`` whose weights, or caches, are in these formats. ``against_floats``: the reference holds the
+    checkpoint's own weights, not the numbers that codes stand for; over ``tokens`` predictions."""
+    tolerance = for_formats(TOLERANCES[dtype], formats, cache=cache)
+    kind = next((name for name, each in TOLERANCES.items() if each == tolerance), "bfloat16")
+    found = against_float(tolerance, formats, tokens) if against_floats else tolerance
+    loose = 1e9 if against_floats and formats else 1.0
+    return Bounds(
+        _HIDDEN[kind] * loose,
+        _REPLAYED[kind] * loose,
+        BESIDE * loose,
+        found.kl,
+        found.top1,
+        _PERPLEXITY[kind] + (found.kl if loose > 1 else 0.0),
+        BETWEEN_TIMES * found.kl,
+        found.tied * loose,
+        max(tolerance.rerouted, 1e-3) if loose == 1 else 1.0,
+        _BEYOND_TIES if loose == 1 else 1.0,
+        tolerance.tie,
+    )
