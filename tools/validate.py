@@ -23,6 +23,7 @@ from moecompiler.quantized import formats_of, without
 from moecompiler.runtime.communicator import Communicator
 from moecompiler.runtime.outputs import check_writable
 from moecompiler.runtime.threads import run_in_threads
+from moecompiler.runtime.ways import Asked
 from moecompiler.tools import options as opt
 from moecompiler.tools.backend import open_backend
 from moecompiler.tools.job import Job
@@ -47,6 +48,7 @@ class Request:
     against_hf: bool
     every_part: bool
     seed: int
+    collectives: Asked = Asked.auto
 
 
 def validate(
@@ -68,6 +70,7 @@ def validate(
         bool, typer.Option("--hf/--no_hf", help="Compare the ranks together with Hugging Face's model.")
     ] = True,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the random tokens.")] = 0,
+    collectives: opt.Collectives = Asked.auto,
     output_json: Annotated[Path | None, typer.Option("--output_json", help="Also write the report here.")] = None,
     as_json: opt.Json = False,
 ) -> int:
@@ -81,7 +84,7 @@ def validate(
     notes: list[str] = []
     against_hf = hf and _fits(Job.of(artifact), notes)
     text_ids = encode_text(artifact, text, tokenizer_dir, notes)
-    request = Request(directory, tuple(text_ids), tokens, against_hf, layers, seed)
+    request = Request(directory, tuple(text_ids), tokens, against_hf, layers, seed, collectives)
     errors = Console(stderr=True)
 
     def whole(communicator: Communicator) -> Report:
@@ -145,6 +148,7 @@ def validate_with(request: Request, artifact: Artifact, communicator: Communicat
         against_hf=request.against_hf,
         every_part=request.every_part,
         threads=1 if artifact.world_size > 1 else 0,
+        collectives=request.collectives,
     )
 
 

@@ -15,7 +15,9 @@ from moecompiler.reference import load_rank_module
 from moecompiler.rounded_cache import round_cache
 from moecompiler.rounded_inputs import round_inputs
 from moecompiler.runtime.communicator import Communicator
+from moecompiler.runtime.connections import connected
 from moecompiler.runtime.session import StageSession, closing
+from moecompiler.runtime.ways import Asked
 from moecompiler.validation.engine_run import engine_logits
 from moecompiler.validation.engines import open_engine
 from moecompiler.validation.localize import PartReport, localize
@@ -58,6 +60,7 @@ def validate_rank(
     against_hf: bool = True,
     every_part: bool = False,
     threads: int = 0,
+    collectives: Asked = Asked.auto,
 ) -> Report:
     """Compares this rank's engine with its torch module on every scenario, the recombined ranks with HF's model, and, where
     something is out of tolerance on any rank (or ``every_part``), each part of the graph alone. Every rank gets the whole
@@ -69,7 +72,7 @@ def validate_rank(
     engine = open_engine(artifact, backend, place.rank, threads)
     outputs: list[OutputReport] = []
     records: list[RankStep] = []
-    with closing(engine.stage):
+    with closing(engine.stage), connected(collectives, communicator, place.mapping, engine.stage):
         if tolerance.tie:
             scenarios = [
                 each if each.spare is None else choose_rows(module, place, each, communicator) for each in scenarios
