@@ -1,9 +1,9 @@
 """Greedy text and logits of engines of several ranks, run as processes under ``mpirun``, against the same model's on one rank.
 
-    python -m moecompiler.tools.compare_ranks ROWS.json ENGINE_DIR ONE_RANK_DIR --model_dir DIR [--collectives auto host]
+    python -m moecompiler.tools.compare_ranks ROWS.json ONE_RANK_DIR ENGINE_DIR ... --model_dir DIR [--collectives auto host]
 
-Each way of ``--collectives`` is a run of its own. Sums over ranks are added in another order than on one, so logits differ by
-roundings; where texts part, it has to be at a tie (``compare_text``).
+Each way of ``--collectives`` is a run of its own; one that fails does not keep the others from running. Sums over ranks are added
+in another order than on one, so logits differ by roundings; where texts part, it has to be at a tie (``compare_text``).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +36,11 @@ Texts = list[
 
 
 @dataclass(frozen=True)
-class Way:
-    """What came of one ``--collectives``: ``said``, which way ranks exchanged what; the texts; and whether all are right."""
+class Run:
+    """What came of engines with one ``--collectives``: ``said``, which way ranks exchanged what, or why they failed; the texts;
+    and whether all are right."""
 
+    engine: str
     asked: str
     said: list[str]
     rows: list[Row]
@@ -61,55 +64,60 @@ def texts(engine_dir: Path, prompts: Sequence[Sequence[int]], steps: int, words:
     return [(tokens, part[: len(tokens)]) for tokens, part in zip(new, logits, strict=True)], done.stderr
 
 
-def judge(asked: str, prompts: Sequence[Sequence[int]], mine: Texts, one: Texts, said: str, tie: float) -> Way:
+def judge(prompts: Sequence[Sequence[int]], mine: Texts, one: Texts, tie: float) -> list[Row]:
     """Texts that end early on one side are compared as far as both go."""
     rows = []
     for number, (prompt, (tokens, logits), (wanted, exact)) in enumerate(zip(prompts, mine, one, strict=True)):
         length = min(len(tokens), len(wanted))
         pair = (tokens[:length], logits[:length]), (wanted[:length], exact[:length])
         rows.append(compare(number, prompt, *pair, tie))
-    notes = [line.removeprefix("note: ") for line in said.splitlines() if line.startswith("note: ")]
-    return Way(asked, notes, rows, all(row.passed for row in rows))
+    return rows
 
 
-def line(way: Way) -> str:
+def line(run: Run) -> str:
     """One line for people."""
-    equal = sum(row.equal == row.length for row in way.rows)
-    error = max((row.error_before for row in way.rows), default=0.0)
-    head = (
-        f"--collectives {way.asked}: {equal} of {len(way.rows)} texts are those of one rank, logits within {error:.4f}"
-    )
-    parted = [row for row in way.rows if row.equal < row.length]
-    rest = f"; the others part at {'ties' if way.passed else 'MORE THAN TIES'}" if parted else ""
-    return f"{head}{rest} ({'; '.join(way.said)})"
+    head = f"{run.engine}, --collectives {run.asked}"
+    if not run.rows:
+        return f"{head}: FAILED: {'; '.join(run.said)}"
+    equal = sum(row.equal == row.length for row in run.rows)
+    error = max((row.error_before for row in run.rows), default=0.0)
+    same = f"{equal} of {len(run.rows)} texts are those of one rank, logits within {error:.4f}"
+    parted = f"; the others part at {'ties' if run.passed else 'MORE THAN TIES'}" if equal < len(run.rows) else ""
+    return f"{head}: {same}{parted} ({'; '.join(run.said)})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="JSON of all rows")
-    parser.add_argument("engine_dir", type=Path)
     parser.add_argument("one_rank_dir", type=Path)
+    parser.add_argument("engine_dirs", type=Path, nargs="+", metavar="ENGINE_DIR")
     parser.add_argument("--model_dir", type=Path, required=True)
     parser.add_argument("--collectives", nargs="+", choices=[*Asked], default=["auto"], metavar="WAY")
     parser.add_argument("--prompts", type=int, choices=range(1, len(LENGTHS) + 1), default=4)
     parser.add_argument("--output_len", type=int, default=48)
     options = parser.parse_args(arguments)
+    runs = []
     try:
         launcher_of(find_mpirun(None))
-        job = Job.of(Artifact.open(options.engine_dir, ("engine",)))
+        job = Job.of(Artifact.open(options.one_rank_dir, ("engine",)))
         prompts = read_prompts(job, options.model_dir, options.prompts)
         one, _ = texts(options.one_rank_dir, prompts, options.output_len, ())
-        ways = []
-        for asked in options.collectives:
-            words = ("--launch", "-v", "--collectives", str(asked))
-            mine, said = texts(options.engine_dir, prompts, options.output_len, words)
-            ways.append(judge(str(asked), prompts, mine, one, said, TIE[job.export.dtype]))
     except UserError as error:
         parser.error(str(error))
-    for way in ways:
-        print(line(way))
-    write_json_atomic(options.output, {"ranks": job.mapping.world_size, "ways": [asdict(way) for way in ways]})
-    return int(not all(way.passed for way in ways))
+    for engine, asked in product(options.engine_dirs, options.collectives):
+        try:
+            words = ("--launch", "-v", "--collectives", str(asked))
+            mine, said = texts(engine, prompts, options.output_len, words)
+            rows = judge(prompts, mine, one, TIE[job.export.dtype])
+            notes = [each.removeprefix("note: ") for each in said.splitlines() if each.startswith("note: ")]
+            runs.append(Run(engine.name, str(asked), notes, rows, all(row.passed for row in rows)))
+        except (UserError, subprocess.TimeoutExpired) as error:
+            runs.append(Run(engine.name, str(asked), [str(error)], [], False))
+        print(line(runs[-1]), flush=True)
+    write_json_atomic(options.output, {"runs": [asdict(run) for run in runs]})
+    passed = sum(run.passed for run in runs)
+    print(f"{passed} of {len(runs)} runs on several ranks say what one rank says")
+    return int(passed < len(runs))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python tools/gpu_check.py --output_dir DIR [--only NAMES] [--skip NAMES] [--jobs N] [--minutes M] [--list]
 
-``NAMES``: steps or groups (``correctness``, ``figures``, ``quantized``), patterns such as ``validate-*`` too, joined by commas;
-what a step of ``--only`` needs is run as well, unless ``--skip`` names it. Goes on after a failure, and prints a line per step.
-In ``DIR``: ``summary.json``, what became of each; ``figures.json``, all that was measured; ``logs.tar.gz``, what each said.
+``NAMES``: steps or groups (``correctness``, ``figures``, ``quantized``, ``ranks``), patterns such as ``validate-*`` too, joined
+by commas; what a step of ``--only`` needs is run as well, unless ``--skip`` names it. Goes on after a failure, and prints a line
+per step. In ``DIR``: ``summary.json``, what became of each; ``figures.json``, all that was measured; ``logs.tar.gz``, what each said.
 Engines stay in ``--work_dir``, where the next run finds them.
 """
 
@@ -28,10 +28,16 @@ from typing import Any
 from moecompiler.atomic import write_json_atomic
 from moecompiler.errors import UserError
 from moecompiler.runtime.device import driver
+from moecompiler.tools.gpu_rank_steps import rank_steps
 from moecompiler.tools.gpu_schedule import FAILED, OK, SKIPPED, Outcome, Runner, Step, check, run_steps
 from moecompiler.tools.gpu_steps import Places, all_steps
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def every_step(places: Places) -> list[Step]:
+    """In the order in which they begin."""
+    return [*all_steps(places), *rank_steps(places)]
 
 
 def select(steps: Sequence[Step], only: str, skip: str) -> list[Step]:
@@ -107,10 +113,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     places = Places(ROOT, options.work_dir.absolute())
     try:
-        steps = select(all_steps(places), options.only, options.skip)
+        steps = select(every_step(places), options.only, options.skip)
     except ValueError as error:
         parser.error(str(error))
-    check(all_steps(places))
+    check(every_step(places))
     if options.list:
         for step in steps:
             print(f"{step.name:28} {step.group:12} {step.seconds:4} s at most  {', '.join(step.needs)}")

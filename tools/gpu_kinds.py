@@ -13,11 +13,18 @@ MAPPINGS: dict[str, tuple[str, ...]] = {
     "ep2": ("--tp_size", "2", "--moe_ep_size", "2"),
     "pp2": ("--pp_size", "2"),
 }
+RANK_MAPPINGS: dict[str, tuple[str, ...]] = {
+    "tp4": ("--tp_size", "4"),
+    "ep4": ("--tp_size", "4", "--moe_ep_size", "4"),
+    "tp2ep2": ("--tp_size", "4", "--moe_tp_size", "2", "--moe_ep_size", "2"),
+    "tp2pp2": ("--tp_size", "2", "--pp_size", "2"),
+}
+"""More, which ranks are shown with as processes."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Engines of one model; ``plugins`` is a key of ``PLUGINS``, ``mapping`` one of ``MAPPINGS``."""
+    """Engines of one model; ``plugins`` is a key of ``PLUGINS``, ``mapping`` one of ``MAPPINGS`` or ``RANK_MAPPINGS``."""
 
     dtype: str
     plugins: str
@@ -57,9 +64,9 @@ def compile_quantized(name: str, plugins: str, model_dir: Path, scales: Path, ou
     return words
 
 
-def compile_shipped(kind: Kind, model_dir: Path, output_dir: Path) -> list[str]:
-    """Words of the command line that compile the shipped model, for prompts of up to 64 tokens and 80 more."""
-    limits = ("--max_seq_len", "144", "--max_input_len", "64", "--max_batch_size", "8", "--max_num_tokens", "256")
+def compile_shipped(kind: Kind, model_dir: Path, output_dir: Path, slots: int = 144) -> list[str]:
+    """Words of the command line that compile the shipped model, for prompts of up to 64 tokens and ``slots`` in all."""
+    limits = ("--max_seq_len", str(slots), "--max_input_len", "64", "--max_batch_size", "8", "--max_num_tokens", "256")
     return [*_compile(kind, output_dir), "--model_dir", str(model_dir), *limits]
 
 
@@ -73,5 +80,5 @@ def compile_full_size(
 
 def _compile(kind: Kind, output_dir: Path) -> list[str]:
     engine = ("--backend", "tensorrt", "--pipeline", "plugins", "--plugins", PLUGINS[kind.plugins])
-    what = ("--dtype", kind.dtype, "--moe_weights", "external", *MAPPINGS[kind.mapping])
+    what = ("--dtype", kind.dtype, "--moe_weights", "external", *(MAPPINGS | RANK_MAPPINGS)[kind.mapping])
     return ["compile", "--output_dir", str(output_dir), *engine, *what]

@@ -24,7 +24,7 @@ FULL_SIZE = ("8x22b", "8x7b")  # the longer ones first
 DECODE_LAYERS, DECODE_SLOTS = 4, 256
 BUILD_LAYERS, PACKED_LAYERS = 32, 2
 _OOTB_TOKENS = ("1", "16", "64", "256", "1024", "4096", "8192")
-_PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu", "--tb=short")
+PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu", "--tb=short")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def all_steps(places: Places) -> list[Step]:
 
 
 def _correctness(places: Places) -> Iterator[Step]:
-    yield Step("versions", CORRECTNESS, _tool("gpu_versions", places, "versions"), 60)
+    yield Step("versions", CORRECTNESS, script("gpu_versions", places, "versions"), 60)
     for model in FULL_SIZE:
         for plugins in ("on", "off"):
             name = f"{model}-{plugins}"
@@ -66,21 +66,21 @@ def _correctness(places: Places) -> Iterator[Step]:
     yield from _tests()
     for kind in KINDS:
         words = compile_shipped(kind, places.shipped, places.engines / kind.name)
-        yield Step(f"compile-{kind.name}", CORRECTNESS, _ours(*words), 200)
+        yield Step(f"compile-{kind.name}", CORRECTNESS, ours(*words), 200)
     for kind in KINDS:
         yield _validate(places, kind.name, 120)
         needs = (f"compile-{kind.name}",)
         engine = str(places.engines / kind.name)
-        text = _tool("compare_text", places, f"text-{kind.name}", engine, "--model_dir", str(places.shipped))
+        text = script("compare_text", places, f"text-{kind.name}", engine, "--model_dir", str(places.shipped))
         yield Step(f"text-{kind.name}", CORRECTNESS, text, 120, needs)
         if kind in TESTED:
             test = f"tests/gpu/test_tensorrt_model.py::test_tokens_chosen_on_the_gpu[{kind.name}]"
             shared = (f"--engines={places.engines}",)
-            yield Step(f"chosen-{kind.name}", CORRECTNESS, (*_PYTEST, *shared, test), 120, needs)
+            yield Step(f"chosen-{kind.name}", CORRECTNESS, (*PYTEST, *shared, test), 120, needs)
     shown = KINDS[0].name
-    refusals = _tool("gpu_refusals", places, "refusals", str(places.engines / shown))
+    refusals = script("gpu_refusals", places, "refusals", str(places.engines / shown))
     yield Step("refusals", CORRECTNESS, refusals, 120, (f"compile-{shown}",))
-    soak = _tool("gpu_soak", places, "soak", str(places.engines / shown), "--turns", "2000")
+    soak = script("gpu_soak", places, "soak", str(places.engines / shown), "--turns", "2000")
     yield Step("soak", CORRECTNESS, soak, 120, (f"compile-{shown}",), alone=True)
 
 
@@ -96,27 +96,27 @@ def _tests() -> Iterator[Step]:
         "sampling": ("tests/gpu/test_sampling_gpu.py",),
     }
     for name, words in parts.items():
-        yield Step(name, CORRECTNESS, (*_PYTEST, *words), 240)
+        yield Step(name, CORRECTNESS, (*PYTEST, *words), 240)
 
 
 def _quantized(places: Places) -> Iterator[Step]:
     """Kernels of codes, and the shipped model in every format, with plugins and without."""
     scales = places.engines / "q-scales"
     words = ("--model_dir", str(places.shipped), "--output_dir", str(scales), "--calib_size", "16")
-    yield Step("q-scales", OF_CODES, _ours("calibrate", *words), 120)
+    yield Step("q-scales", OF_CODES, ours("calibrate", *words), 120)
     yield from _quantized_tests()
     engines = [f"q-{name}-{plugins}" for name in QUANTIZED for plugins in ("on", "off")]
     for engine in engines:
         _, name, plugins = engine.split("-")
         compiled = compile_quantized(name, plugins, places.shipped, scales, places.engines / engine)
         needs = ("q-scales",) if SCALES in compiled else ()
-        yield Step(f"compile-{engine}", OF_CODES, _ours(*compiled), 240, needs)
+        yield Step(f"compile-{engine}", OF_CODES, ours(*compiled), 240, needs)
     for engine in engines:
         yield _validate(places, engine, 120, group=OF_CODES)
     for name in QUANTIZED:
         pair = [f"q-{name}-{plugins}" for plugins in ("on", "off")]
         read = [*(str(places.engines / each) for each in pair), "--model_dir", str(places.shipped)]
-        text = _tool("bench_quantized_engines", places, f"q-text-{name}", *read)
+        text = script("bench_quantized_engines", places, f"q-text-{name}", *read)
         yield Step(f"q-text-{name}", OF_CODES, text, 180, tuple(f"compile-{each}" for each in pair))
 
 
@@ -132,7 +132,7 @@ def _quantized_tests() -> Iterator[Step]:
     for file, words in parts.items():
         for index, which in enumerate(split(words)):
             name = f"q-{file.removeprefix('quantized_').removesuffix('_gpu').replace('_', '-')}-{index}"
-            yield Step(name, OF_CODES, (*_PYTEST, f"tests/gpu/test_{file}.py", "-k", which), 200)
+            yield Step(name, OF_CODES, (*PYTEST, f"tests/gpu/test_{file}.py", "-k", which), 200)
 
 
 def split(words: Sequence[str]) -> list[str]:
@@ -155,9 +155,9 @@ def _quantized_figures(places: Places) -> Iterator[Step]:
         command = (sys.executable, "-m", f"moecompiler.tools.{tool}", "--json", str(places.figures / f"{name}.json"))
         yield timed(name, 240, (*command, *words))
     in_engines = ("--tokens", "1", "4", "16", "64", "256", "1024", "4096")
-    yield timed("q-moe-engine", 300, _tool("bench_engine_quantized_moe", places, "q-moe-engine", *in_engines))
+    yield timed("q-moe-engine", 300, script("bench_engine_quantized_moe", places, "q-moe-engine", *in_engines))
     caches = ("--caches", "floats", "int8", "fp8", "fp8_context")
-    yield timed("q-attention", 180, _tool("bench_attention", places, "q-attention", *caches))
+    yield timed("q-attention", 180, script("bench_attention", places, "q-attention", *caches))
 
 
 def _figures(places: Places) -> Iterator[Step]:
@@ -170,14 +170,14 @@ def _figures(places: Places) -> Iterator[Step]:
     decode = {plugins: f"decode-{plugins}" for plugins in ("on", "off")}
 
     def timed(name: str, tool: str, seconds: int, *words: str, needs: tuple[str, ...] = ()) -> Step:
-        return Step(name, FIGURES, _tool(tool, places, name, *words), seconds, needs, alone=True)
+        return Step(name, FIGURES, script(tool, places, name, *words), seconds, needs, alone=True)
 
     yield timed("moe", "bench_engine_moe", 180, *moe["moe"])
     for plugins, name in decode.items():
         kind = Kind("float16", plugins, "one")
         yield _compile_full_size(places, name, kind, "8x7b", DECODE_LAYERS, FIGURES, DECODE_SLOTS, 1)
         engine = str(places.engines / name)
-        step = _tool("bench_engine_decode", places, name, engine, "--input_len", "128", "--output_len", "65")
+        step = script("bench_engine_decode", places, name, engine, "--input_len", "128", "--output_len", "65")
         yield Step(name, FIGURES, step, 100, (f"compile-{name}",), alone=True, removes=(places.engines / name,))
     yield timed("attention", "bench_engine_attention", 120, "--plugins", "on")
     yield timed("overhead", "bench_engine_overhead", 90)
@@ -187,7 +187,7 @@ def _figures(places: Places) -> Iterator[Step]:
         engine = f"float16-{plugins}-one"
         sizes = ("--batch_size", "1,8", "--input_len", "16,64", "--output_len", "64")
         files = ("--output_json", str(places.figures / f"shipped-{plugins}.json"))
-        words = _ours("bench", "--engine_dir", str(places.engines / engine), *sizes, *files)
+        words = ours("bench", "--engine_dir", str(places.engines / engine), *sizes, *files)
         yield Step(f"shipped-{plugins}", FIGURES, words, 60, (f"compile-{engine}",), alone=True)
     build = ("--num_layers", str(BUILD_LAYERS), "--packed_layers", str(PACKED_LAYERS), "--work_dir", str(places.work))
     yield timed("build", "bench_engine_build", 240, *build)
@@ -204,20 +204,20 @@ def _compile_full_size(
     batch: int = 3,
 ) -> Step:
     words = compile_full_size(kind, model, layers, places.engines / name, slots, batch)
-    return Step(f"compile-{name}", group, _ours(*words), 240, alone=group == FIGURES)
+    return Step(f"compile-{name}", group, ours(*words), 240, alone=group == FIGURES)
 
 
 def _validate(places: Places, name: str, seconds: int, removes: bool = False, group: str = CORRECTNESS) -> Step:
     engine, report = places.engines / name, places.figures / f"validate-{name}.json"
-    words = _ours("validate", str(engine), "--tokens", "512", "--output_json", str(report))
+    words = ours("validate", str(engine), "--tokens", "512", "--output_json", str(report))
     gone = (engine,) if removes else ()
     return Step(f"validate-{name}", group, words, seconds, (f"compile-{name}",), removes=gone)
 
 
-def _ours(*words: str) -> tuple[str, ...]:
+def ours(*words: str) -> tuple[str, ...]:
     return (sys.executable, "-m", "moecompiler.tools.main", *words)
 
 
-def _tool(module: str, places: Places, name: str, *words: str) -> tuple[str, ...]:
+def script(module: str, places: Places, name: str, *words: str) -> tuple[str, ...]:
     """A script whose first argument is where its figures go."""
     return (sys.executable, "-m", f"moecompiler.tools.{module}", str(places.figures / f"{name}.json"), *words)

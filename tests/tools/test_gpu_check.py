@@ -12,14 +12,14 @@ import pytest
 import torch
 from _pytest.mark.expression import Expression
 
-from moecompiler.tools.gpu_check import ROOT, figures, line, main, pack_logs, run, select, summary
+from moecompiler.tools.gpu_check import ROOT, every_step, figures, line, main, pack_logs, run, select, summary
 from moecompiler.tools.gpu_kinds import KINDS, QUANTIZED
 from moecompiler.tools.gpu_schedule import OK, SKIPPED, TIMED_OUT, Outcome, Step, check
-from moecompiler.tools.gpu_steps import Places, all_steps, split
+from moecompiler.tools.gpu_steps import Places, split
 from moecompiler.tools.gpu_versions import versions
 from moecompiler.tools.main import main as command
 
-STEPS = all_steps(Places(ROOT, Path("/work-dir")))
+STEPS = every_step(Places(ROOT, Path("/work-dir")))
 NAMES = [step.name for step in STEPS]
 
 
