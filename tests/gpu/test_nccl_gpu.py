@@ -50,7 +50,7 @@ class Rank:
         return array
 
     def compare(self, got: np.ndarray, given: list[np.ndarray], message: str) -> None:
-        """With the sum in float32, rounded once, which is what every way makes of two numbers; of more, NCCL rounds more often."""
+        """With the sum in float32, rounded once, which is what every way makes of two numbers. Of more NCCL rounds more often."""
         wanted = add_in_rank_order([each.astype(np.float32) for each in given]).astype(got.dtype)
         if len(given) == 2:
             np.testing.assert_array_equal(got, wanted, err_msg=message)
