@@ -18,6 +18,7 @@ from moecompiler.backends.base import BuildSettings, PluginLibrary
 from moecompiler.backends.tensorrt_barrier import add_barriers, moe_without_plugin
 from moecompiler.backends.tensorrt_bytes import unsigned_caches
 from moecompiler.backends.tensorrt_fp8 import widen_fp8_experts
+from moecompiler.backends.tensorrt_fp8_rounding import round_by_arithmetic
 from moecompiler.backends.tensorrt_int4 import widen_int4
 from moecompiler.backends.tensorrt_slower import slower_notes
 from moecompiler.errors import UserError
@@ -72,6 +73,7 @@ def prepare(
     program, int4_notes = widen_int4(program)
     program, fp8_notes = widen_fp8_experts(program)
     model = program.model
+    round_by_arithmetic(model)
     add_barriers(model, apart)
     weights = inline_literals(model, program.weights)
     bound, baked_notes = choose_bound(model, settings, weights)
