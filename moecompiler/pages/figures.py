@@ -29,6 +29,16 @@ def _no_number(value: float) -> str:
     return "NaN" if math.isnan(value) else "∞" if value > 0 else "−∞"
 
 
+def fixed(value: float, digits: int = 4) -> str:
+    """With so many digits behind the point."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else _no_number(value)
+
+
+def share(value: float) -> str:
+    """Of a whole, in percent."""
+    return f"{value:.2%}" if math.isfinite(value) else _no_number(value)
+
+
 def duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"
 

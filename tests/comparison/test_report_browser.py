@@ -90,7 +90,7 @@ def test_numbers_that_are_written_are_those_of_the_json(page: Page) -> None:
         assert cell["text"] == str(resolve(data, cell["from"]) or "·")
     for each in page.evaluate(MARKS, ".strip"):
         assert f"{resolve(data, each['from']):.1e}" in each["tip"] or resolve(data, each["from"]) == 0
-    written = [each for each in page.evaluate(MARKS, "#layers details") if not each["from"].endswith("/0/0")]
+    written = [each for each in page.evaluate(MARKS, "#layers details table") if not each["from"].endswith("/0/0")]
     assert len(written) > 60
     for each in written:
         value, shown = resolve(data, each["from"]), each["text"].lstrip("×")
@@ -103,7 +103,7 @@ def test_numbers_under_pointer_and_keys(page: Page) -> None:
     area.focus()
     page.keyboard.press("ArrowRight")
     first = tip_of(page)
-    assert first.startswith("model.embed_tokens\nplugins on: 0")
+    assert first.startswith("model.embed_tokens, prefill, position 0 to 15\nplugins on: 0")
     page.keyboard.press("ArrowRight")
     assert tip_of(page).startswith("model.layers.0.self_attn")
     page.keyboard.press("ArrowLeft")

@@ -56,7 +56,6 @@ def test_every_number_drawn_is_in_the_json(result: Result) -> None:
         value = resolve(data, source)
         assert isinstance(value, int | float | dict) or value in (None, "NaN", "Infinity"), source
     marks = page.sources("i")
-    assert len(marks) == len(set(marks))
     for level in (("layer",), ("routing", "replayed", "layer")):
         base = "/" + "/".join(level)
         for number, program in enumerate(resolve(data, base)["programs"]):
@@ -147,7 +146,8 @@ def test_numbers_that_are_none_have_a_place() -> None:
     layer = GOOD.layer
     assert layer
     first = layer.programs[0]
-    broken = replace(first, relative=((0.0, math.nan), (math.inf, 1e-3), *first.relative[2:]))
+    one, other = first.relative[:2]
+    broken = replace(first, relative=((0.0, math.nan, *one[2:]), (math.inf, *other[1:]), *first.relative[2:]))
     result = replace(GOOD, layer=replace(layer, programs=(broken, *layer.programs[1:])))
     page = Page(render(result))
     places = {
@@ -156,7 +156,7 @@ def test_numbers_that_are_none_have_a_place() -> None:
     beyond = [places[f"/layer/programs/0/relative/{place}"] for place in ("0/1", "1/0")]
     assert all(float(style.split("bottom:")[1].rstrip("%")) > 93 for style in beyond)
     assert "∞" in page.text
-    assert page.data["layer"]["programs"][0]["relative"][0] == [0.0, "NaN"]
+    assert page.data["layer"]["programs"][0]["relative"][0][:2] == [0.0, "NaN"]
 
 
 def hostile_result() -> Result:

@@ -63,15 +63,15 @@ class LinearAxis:
 
     @staticmethod
     def of(values: Iterable[float]) -> LinearAxis:
-        """To the next 1, 2 or 5 times a power of ten."""
-        most = max(values, default=0.0)
+        """To the next 1, 2 or 5 times a power of ten; what is no finite number is drawn at the end."""
+        most = max((value for value in values if math.isfinite(value)), default=0.0)
         if most <= 0:
             return LinearAxis(1.0)
         power = 10.0 ** math.floor(math.log10(most))
         return LinearAxis(next(step * power for step in (1, 2, 5, 10) if step * power >= most))
 
     def at(self, value: float) -> float:
-        return 100 * value / self.high
+        return 100 * min(value / self.high, 1.0) if math.isfinite(value) else 100.0
 
     def ticks(self, written: Callable[[float], str]) -> tuple[Tick, ...]:
         return tuple(Tick(100 * part, written(part * self.high)) for part in (0, 0.25, 0.5, 0.75, 1))
@@ -83,17 +83,18 @@ class LinearAxis:
 
 def numbered(labels: Sequence[str], most: int = 9) -> tuple[Tick, ...]:
     """Ticks for things side by side, of which at most ``most`` are named, every 1st, 2nd, 5th, 10th …; a label may be empty."""
-    named = [index for index, label in enumerate(labels) if label]
-    step = next(
-        step for step in (part * 10**power for power in count() for part in (1, 2, 5)) if step * most >= len(named)
-    )
-    return tuple(Tick(across(index, len(labels)), labels[index]) for index in named[::step])
+    return tuple(Tick(across(index, len(labels)), labels[index]) for index in _some(labels, most))
 
 
 def bounds(labels: Sequence[str], most: int = 7) -> tuple[Tick, ...]:
-    """Ticks between things side by side: one label more than there are things."""
-    step = math.ceil((len(labels) - 1) / most) or 1
-    return tuple(Tick(100 * index / max(len(labels) - 1, 1), label) for index, label in enumerate(labels))[::step]
+    """Ticks between things side by side: one label more than there are things; see ``numbered``."""
+    return tuple(Tick(100 * index / max(len(labels) - 1, 1), labels[index]) for index in _some(labels, most))
+
+
+def _some(labels: Sequence[str], most: int) -> list[int]:
+    named = [index for index, label in enumerate(labels) if label]
+    steps = (part * 10**power for power in count() for part in (1, 2, 5))
+    return named[:: next(step for step in steps if step * most >= len(named))]
 
 
 def across(index: int, things: int) -> float:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from moecompiler.comparison.report.axes import LogAxis, across, numbered
-from moecompiler.comparison.report.plots import Curve, Mark, Plot, pointer
+from moecompiler.comparison.report.plots import Curve, Mark, Plot, Rule, pointer
 from moecompiler.comparison.report.programs import Shown
-from moecompiler.comparison.result import LayerErrors, LayerLevel, Stretch
+from moecompiler.comparison.result import Check, LayerErrors, LayerLevel, Stretch
 from moecompiler.pages.figures import figure, significant
+
+_SEVERAL = 4  # stretches: from here on not all are shown at once
+_ANY_ERROR = 10.0  # a relative error that no check is for
 
 
 @dataclass(frozen=True)
@@ -34,20 +37,61 @@ def errors_of(level: LayerLevel | None) -> Iterator[float]:
             yield from row
 
 
-def layer_plots(level: LayerLevel, at: tuple[str, ...], programs: Mapping[str, Shown], axis: LogAxis) -> list[Plot]:
-    """A plot for each stretch. ``at``: the keys under which the result holds the level."""
-    return [
+@dataclass(frozen=True)
+class LayerPlots:
+    """``first``: prefill, the last stretch of decode, and the last place along the run; ``others``: the stretches between."""
+
+    first: tuple[Plot, ...]
+    others: tuple[Plot, ...]
+
+
+def bound_of(checks: Iterable[Check], level: str, name: str) -> float | None:
+    """What all checks of that name are held to; None where there are none, or what nothing could exceed."""
+    bounds = {check.bound for check in checks if (check.level, check.name) == (level, name)}
+    return min(bounds) if len(bounds) == 1 and min(bounds) < _ANY_ERROR else None
+
+
+def layer_plots(
+    level: LayerLevel, at: tuple[str, ...], programs: Mapping[str, Shown], axis: LogAxis, bound: float | None
+) -> LayerPlots:
+    """Along the layers, a plot for each stretch. ``at``: the keys under which the result holds the level; ``bound``: to be
+    drawn."""
+    rules = () if bound is None else (Rule(axis.at(bound), f"bound {significant(bound)}"),)
+    plots = [
         Plot(
             stretch_title(stretch),
             _summary(level, programs, index),
             "layer",
-            "relative error of hidden states",
+            "relative error",
             numbered(_layer_labels(level)),
             axis.ticks(),
-            tuple(_curves(level, at, programs, axis, index)),
+            tuple(
+                _curve(level, at, programs, axis, number, key, [(place, index) for place in range(len(level.places))])
+                for number in range(len(level.programs))
+                for key in ("worst", "relative")
+            ),
+            rules,
         )
         for index, stretch in enumerate(level.stretches)
     ]
+    if len(plots) < _SEVERAL or not level.places:
+        return LayerPlots(tuple(plots), ())
+    last = len(level.places) - 1
+    along = Plot(
+        f"along the run, after {level.places[last]}",
+        f"Relative error in {len(plots)} stretches of the run",
+        "from position",
+        "relative error",
+        numbered([str(stretch.first) for stretch in level.stretches]),
+        axis.ticks(),
+        tuple(
+            _curve(level, at, programs, axis, number, key, [(last, index) for index in range(len(plots))])
+            for number in range(len(level.programs))
+            for key in ("worst", "relative")
+        ),
+        rules,
+    )
+    return LayerPlots((plots[0], plots[-1], along), tuple(plots[1:-1]))
 
 
 def stretch_title(stretch: Stretch) -> str:
@@ -91,26 +135,32 @@ def steepest(level: LayerLevel, programs: Mapping[str, Shown]) -> list[str]:
     return said
 
 
-def _curves(
-    level: LayerLevel, at: tuple[str, ...], programs: Mapping[str, Shown], axis: LogAxis, stretch: int
-) -> Iterator[Curve]:
-    for number, program in enumerate(level.programs):
-        style = programs[program.program].style
-        for key, values, thin in (("worst", program.worst, True), ("relative", program.relative, False)):
-            marks = (
-                Mark(
-                    across(place, len(level.places)),
-                    axis.at(row[stretch]),
-                    pointer(*at, "programs", number, key, place, stretch),
-                    _tip(level, programs, place, stretch),
-                )
-                for place, row in enumerate(values)
-            )
-            yield Curve(style, tuple(marks), thin=thin)
+def _curve(
+    level: LayerLevel,
+    at: tuple[str, ...],
+    programs: Mapping[str, Shown],
+    axis: LogAxis,
+    number: int,
+    key: str,
+    where: Sequence[tuple[int, int]],
+) -> Curve:
+    """The ``number``-th program's ``relative`` or ``worst`` errors at places and stretches, side by side."""
+    program = level.programs[number]
+    values: tuple[tuple[float, ...], ...] = getattr(program, key)
+    marks = (
+        Mark(
+            across(index, len(where)),
+            axis.at(values[place][stretch]),
+            pointer(*at, "programs", number, key, place, stretch),
+            _tip(level, programs, place, stretch),
+        )
+        for index, (place, stretch) in enumerate(where)
+    )
+    return Curve(programs[program.program].style, tuple(marks), thin=key == "worst")
 
 
 def _tip(level: LayerLevel, programs: Mapping[str, Shown], place: int, stretch: int) -> str:
-    lines = [level.places[place]]
+    lines = [f"{level.places[place]}, {stretch_title(level.stretches[stretch])}"]
     for each in level.programs:
         relative, worst = each.relative[place][stretch], each.worst[place][stretch]
         lines.append(f"{programs[each.program].title}: {figure(relative)}, worst token {figure(worst)}")

@@ -11,7 +11,7 @@ from moecompiler.comparison.report.axes import LinearAxis, LogAxis, Tick, across
 from moecompiler.comparison.report.plots import Bar, Bars, Curve, Mark, Plot, pointer
 from moecompiler.comparison.report.programs import Shown
 from moecompiler.comparison.result import GreedyText, ModelLevel, Token
-from moecompiler.pages.figures import counted, figure, significant
+from moecompiler.pages.figures import counted, figure, fixed, share, significant
 
 KL_STEPS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # nats: the same in every report, so that two can be held side by side
 
@@ -78,25 +78,25 @@ def histogram(level: ModelLevel, programs: Mapping[str, Shown]) -> Histogram:
         [each.errors.counts[index] / total if total else 0.0 for index in bins]
         for each, total in zip(level.programs, totals, strict=True)
     ]
-    axis = LinearAxis.of(share for row in shares for share in row)
+    axis = LinearAxis.of(part for row in shares for part in row)
     groups = []
     for column, index in enumerate(bins):
         label = _bin(edges[index], edges[index + 1])
         bars = []
         for number, each in enumerate(level.programs):
-            count, share = each.errors.counts[index], shares[number][column]
+            count, part = each.errors.counts[index], shares[number][column]
             program = programs[each.program]
             bars.append(
                 Bar(
                     program.style,
-                    axis.at(share),
-                    f"{share:.2%}",
+                    axis.at(part),
+                    share(part),
                     pointer("model", "programs", number, "errors", "counts", index),
-                    f"error {label}, {program.title}: {counted(count, 'logit')}, {share:.3%}",
+                    f"error {label}, {program.title}: {counted(count, 'logit')}, {share(part)}",
                 )
             )
         groups.append(Bars(label, tuple(bars)))
-    marked = [_power(edge) for edge in edges[bins.start : bins.stop + 1]] if bins else []
+    marked = [_decade(edge) for edge in edges[bins.start : bins.stop + 1]] if bins else []
     said = ", ".join(f"{programs[each.program].title} at most {figure(each.max_abs)}" for each in level.programs)
     return Histogram(tuple(groups), axis.percents(), bounds(marked), f"Errors of logits in absolute value: {said}")
 
@@ -113,6 +113,7 @@ def kl_plots(level: ModelLevel, programs: Mapping[str, Shown]) -> list[Plot]:
                     axis.at(value),
                     pointer("model", "programs", number, "kl", index),
                     _kl_tip(level, programs, index),
+                    begins=index > 0 and level.tokens[index].row != level.tokens[index - 1].row,
                 )
                 for index, value in enumerate(each.kl)
             ),
@@ -218,7 +219,16 @@ def _bin(low: float, high: float) -> str:
 
 
 def _power(value: float) -> str:
-    return "0" if value == 0 else "∞" if math.isinf(value) else f"1e{round(math.log10(value))}"
+    """``1e-3``, ``3.2e-3``."""
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
+def _decade(edge: float) -> str:
+    """What is written at an edge: nothing, where it is no power of ten."""
+    if edge == 0 or math.isinf(edge):
+        return "0" if edge == 0 else "∞"
+    return _power(edge) if math.isclose(edge, 10.0 ** round(math.log10(edge))) else ""
 
 
 def replayed_rows(
@@ -230,11 +240,11 @@ def replayed_rows(
         for number, each in enumerate(level.programs):
             cells = [
                 (figure(each.mean_kl), "mean_kl"),
-                (f"{each.top1:.2%}", "top1"),
-                (f"{each.top5:.2%}", "top5"),
+                (share(each.top1), "top1"),
+                (share(each.top5), "top5"),
                 (figure(each.max_abs), "max_abs"),
                 (figure(each.relative), "relative"),
-                (f"{each.perplexity:.4f}", "perplexity"),
+                (fixed(each.perplexity), "perplexity"),
             ]
             rows.append((each.program, title, [(text, pointer(*at, "programs", number, key)) for text, key in cells]))
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from moecompiler.comparison.report.summary import UNKNOWN
 from moecompiler.comparison.report.write import PAGE, write_files, write_report
 from moecompiler.comparison.result import Result
 from moecompiler.errors import UserError
-from moecompiler.pages.figures import byte_size, counted, figure, significant
+from moecompiler.pages.figures import byte_size, counted, figure, fixed, share, significant
 from moecompiler.pages.page import render_page
 
 JSON, MARKDOWN, HTML = "matrix.json", "matrix.md", "matrix.html"
@@ -43,12 +44,12 @@ class Column:
 
 
 COLUMNS = (
-    Column("perplexity", "perplexity", lambda row: row.perplexity, "{:.4f}".format, bar=False),
+    Column("perplexity", "perplexity", lambda row: row.perplexity, fixed, bar=False),
     Column("more", "increase", lambda row: row.increase, "{:+.2%}".format, bar=False),
     Column("mean KL", "mean_kl", lambda row: row.mean_kl, figure),
-    Column("top-1", "top1", lambda row: row.top1, "{:.2%}".format, bar=False),
+    Column("top-1", "top1", lambda row: row.top1, share, bar=False),
     Column("flips", "flips", lambda row: row.flips, "{:.0f}".format),
-    Column("rerouted", "rerouted", lambda row: row.rerouted, "{:.2%}".format),
+    Column("rerouted", "rerouted", lambda row: row.rerouted, share),
     Column("step, ms", "decode_ms", lambda row: row.decode_ms, significant),
     Column("tokens/s", "tokens_per_second", lambda row: row.tokens_per_second, significant),
     Column("engines", "plan_bytes", lambda row: row.plan_bytes, lambda value: byte_size(int(value))),
@@ -120,7 +121,8 @@ def _columns(matrix: Matrix) -> list[Column]:
 
 def _cells(matrix: Matrix) -> list[list[Cell]]:
     columns = _columns(matrix)
-    most = [max((column.read(row) or 0.0 for row in matrix.rows), default=0.0) for column in columns]
+    known = ([value for row in matrix.rows if (value := column.read(row)) is not None] for column in columns)
+    most = [max((value for value in values if math.isfinite(value)), default=0.0) for values in known]
     return [
         [
             Cell(_text(column, row), pointer("rows", index, column.key), _share(column, row, largest))

@@ -17,7 +17,10 @@ def render(result: Result) -> str:
     programs = shown(result)
     replayed = result.routing.replayed if result.routing else None
     replayed_layer, replayed_model = (replayed.layer, replayed.model) if replayed else (None, None)
-    axis = LogAxis.of(chain(layers.errors_of(result.layer), layers.errors_of(replayed_layer)))
+    bound = layers.bound_of(result.verdict, "layer", "relative error")
+    replayed_bound = layers.bound_of(result.verdict, "routing", "replayed, relative error")
+    drawn = (each for each in (bound, replayed_bound) if each is not None)
+    axis = LogAxis.of(chain(layers.errors_of(result.layer), layers.errors_of(replayed_layer), drawn))
     as_chosen = [("as each program chooses", result.model, ("model",))] if result.model else []
     forced = (
         [("reference’s experts forced", replayed_model, ("routing", "replayed", "model"))] if replayed_model else []
@@ -40,10 +43,12 @@ def render(result: Result) -> str:
         tiles=summary.tiles(result, programs),
         columns=summary.columns(result, programs),
         properties=summary.properties(result, programs),
-        layer_plots=layers.layer_plots(result.layer, ("layer",), programs, axis) if result.layer else [],
+        layer_plots=layers.layer_plots(result.layer, ("layer",), programs, axis, bound) if result.layer else None,
         layer_table=layers.layer_table(result.layer, ("layer",), programs) if result.layer else None,
         steepest=layers.steepest(result.layer, programs) if result.layer else [],
-        replayed_plots=layers.layer_plots(replayed_layer, at_replayed, programs, axis) if replayed_layer else [],
+        replayed_plots=(
+            layers.layer_plots(replayed_layer, at_replayed, programs, axis, replayed_bound) if replayed_layer else None
+        ),
         replayed_table=layers.layer_table(replayed_layer, at_replayed, programs) if replayed_layer else None,
         replayed_rows=logits.replayed_rows([*as_chosen, *forced]) if forced else [],
         histogram_data=logits.histogram(result.model, programs) if result.model and result.model.programs else None,

@@ -13,7 +13,8 @@ _FEW_MARKS = 70  # of a curve; of more the line is thin and without dots
 @dataclass(frozen=True)
 class Mark:
     """A value at ``x`` percent from the left and ``y`` from the bottom. ``source`` is a JSON pointer (RFC 6901) into the result;
-    ``tip`` all that can be said of it. ``style``: a CSS class more; ``label``: what is written beside."""
+    ``tip`` all that can be said of it. ``style``: a CSS class more; ``label``: what is written beside;
+    ``begins``: no line leads to it."""
 
     x: float
     y: float
@@ -21,6 +22,7 @@ class Mark:
     tip: str
     style: str = ""
     label: str = ""
+    begins: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,11 @@ class Curve:
     @property
     def path(self) -> str:
         """An SVG path in a square of 100."""
-        points = (f"{mark.x:.2f} {100 - mark.y:.2f}" for mark in self.marks)
-        return f"M{'L'.join(points)}" if self.line and self.marks else ""
+        marks = self.marks if self.line else ()
+        return "".join(
+            f"{'M' if mark.begins or index == 0 else 'L'}{mark.x:.2f} {100 - mark.y:.2f}"
+            for index, mark in enumerate(marks)
+        )
 
     @property
     def dense(self) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from moecompiler.comparison.report.programs import Shown
 from moecompiler.comparison.result import LEVELS, REFERENCE, Check, ProgramInfo, Result
-from moecompiler.pages.figures import byte_size, counted, figure, significant
+from moecompiler.pages.figures import byte_size, counted, figure, fixed, share, significant
 
 UNKNOWN = "–"
 
@@ -114,9 +114,9 @@ def _figures(result: Result, names: list[str]) -> list[Property]:
         return tuple(read(model[name]) if name in model else UNKNOWN for name in names)
 
     perplexity = tuple(
-        f"{model[name].perplexity:.4f}"
+        fixed(model[name].perplexity)
         if name in model
-        else f"{result.model.reference_perplexity:.4f}"
+        else fixed(result.model.reference_perplexity)
         if name == REFERENCE and result.model
         else UNKNOWN
         for name in names
@@ -124,13 +124,13 @@ def _figures(result: Result, names: list[str]) -> list[Property]:
     return [
         Property("perplexity", perplexity),
         Property("mean KL, nats", of_model(lambda each: figure(each.mean_kl))),
-        Property("top-1 agreement", of_model(lambda each: f"{each.top1:.2%}")),
-        Property("top-5 agreement", of_model(lambda each: f"{each.top5:.2%}")),
+        Property("top-1 agreement", of_model(lambda each: share(each.top1))),
+        Property("top-5 agreement", of_model(lambda each: share(each.top5))),
         Property("largest error of a logit", of_model(lambda each: figure(each.max_abs))),
         Property("relative error of logits", of_model(lambda each: figure(each.relative))),
         Property(
             "tokens rerouted",
-            tuple(f"{routing[name].rerouted:.2%}" if name in routing else UNKNOWN for name in names),
+            tuple(share(routing[name].rerouted) if name in routing else UNKNOWN for name in names),
         ),
     ]
 
