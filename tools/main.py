@@ -13,6 +13,7 @@ from moecompiler.errors import UserError
 from moecompiler.tools.bench import bench
 from moecompiler.tools.build import build
 from moecompiler.tools.calibrate import calibrate
+from moecompiler.tools.compare import compare
 from moecompiler.tools.compile import compile_
 from moecompiler.tools.export import export
 from moecompiler.tools.inspection import inspect
@@ -33,6 +34,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "run": run,
     "bench": bench,
     "validate": validate,
+    "compare": compare,
     "inspect": inspect,
 }
 # options that take one value or several: --input_text "one" "two"

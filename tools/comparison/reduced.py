@@ -1,0 +1,143 @@
+"""Plugins that make a check fail, each in a folder that reproduces it: what ``compare --bisect`` writes, and its
+``repro.py``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moecompiler.comparison.cases import cases_of
+from moecompiler.comparison.exact import Exact
+from moecompiler.comparison.nodes import OpNode, as_the_op_says, family_of, weights_of
+from moecompiler.comparison.op_level import Programs, attributes_of
+from moecompiler.comparison.reduce_node import Tried, try_node, worst_of
+from moecompiler.comparison.reduced_node_folder import figures, read_node_folder, write_node_folder
+from moecompiler.comparison.step_inputs import StepInputs, inputs_of_steps
+from moecompiler.debugging.reduce import LARGEST_WEIGHTS
+from moecompiler.debugging.seeded import SeededReader
+from moecompiler.errors import UserError
+from moecompiler.graph import Program
+from moecompiler.mapping import Mapping
+from moecompiler.materializing import Materializer
+from moecompiler.tools.comparison.node_programs import node_programs
+from moecompiler.tools.printing import USER_ERROR, complaint
+from moecompiler.validation.place import Arrays
+from moecompiler.validation.scenario import Step
+from moecompiler.weights import TensorReader
+
+MakePrograms = Callable[[TensorReader], Programs]
+
+
+def write_reduced(
+    names: Sequence[str],
+    programs: Sequence[Program],
+    mapping: Mapping,
+    reader: TensorReader,
+    steps: Sequence[Step],
+    backend: str,
+    folder: Path,
+    make: MakePrograms | None = None,
+) -> list[Tried]:
+    """A folder below ``folder`` for each node of ``names``, whole or not at all: the node on the inputs of that of ``steps``,
+    or if none shows it, on those harder ones, where the plugin is furthest off. ``make``: the node's programs (default: the
+    backend's).
+
+    Raises: UserError where a folder is there already or cannot be written, or a node cannot be run alone.
+    """
+    make = make or (lambda source: node_programs(backend, source))
+    found = []
+    for name in names:
+        taken = inputs_of_steps(programs, mapping, reader, steps, name)
+        tried, source = reduce_node(taken, steps, make, reader)
+        facts = {"backend": backend, "rank": taken.rank}
+        _write(tried, source, facts, folder / re.sub(r"[^\w.-]+", "-", name))
+        found.append(tried)
+    return found
+
+
+def reduce_node(
+    taken: StepInputs, steps: Sequence[Step], make: MakePrograms, reader: TensorReader
+) -> tuple[Tried, TensorReader | None]:
+    """The inputs on which a node is furthest off, and what reads its weights: None where they are too large to be handed on,
+    and are random ones of a seed instead."""
+    node, tensors = taken.node, Materializer(reader)
+    inputs = list(zip(map(_describe, range(len(steps)), steps), taken.feeds, strict=True))
+    worst = worst_of(try_node(node, inputs, make(reader), tensors))
+    if not worst.wrong:
+        lengths = steps[0].last_token_ids + 1
+        harder = [(f"case {case}", feeds) for case, feeds in _cases(node, taken.feeds[0], lengths, tensors).items()]
+        worst = worst_of((worst, *try_node(node, harder, make(reader), tensors)))
+    if sum(recipe.nbytes for recipe in node.program.weights.values()) <= LARGEST_WEIGHTS:
+        return worst, reader
+    seeded = SeededReader()
+    (again,) = try_node(node, [(worst.what, worst.feeds)], make(seeded), Materializer(seeded))
+    return again, None
+
+
+def _describe(index: int, step: Step) -> str:
+    batch, length = step.position_ids.shape
+    kind = "prefill" if index == 0 else f"decode step {index}"
+    return f"{kind}, {batch} × {length} tokens"
+
+
+def _cases(node: OpNode, real: Arrays, lengths: np.ndarray, tensors: Materializer) -> dict[str, Arrays]:
+    """But for the real inputs themselves."""
+    weights = weights_of(node, tensors)
+    present = None
+    if "present_key" in node.outputs:
+        (whole,) = Exact(as_the_op_says(node))(weights, [real])
+        present = {name: array for name, array in whole.items() if name.startswith("present_")}
+    cases = cases_of(
+        family_of(node.op),
+        real,
+        node.dtype,
+        lengths=lengths,
+        top_k=attributes_of(node).get("top_k", 0),
+        local_experts=weights["expert_ids"].tolist() if "expert_ids" in weights else (),
+        present=present,
+    )
+    return {name: feeds for name, feeds in cases.items() if name != "real"}
+
+
+def _write(tried: Tried, reader: TensorReader | None, facts: dict[str, Any], folder: Path) -> None:
+    if folder.exists():
+        raise UserError(f"{folder}: is there already; give a new folder")
+    temporary = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
+    try:
+        temporary.mkdir(parents=True)
+        write_node_folder(tried, reader, facts, temporary)
+        os.rename(temporary, folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def main(folder: Path, arguments: Sequence[str], make: MakePrograms | None = None) -> int:
+    """What a folder's ``repro.py`` does: 1 where the plugin is further from the truth than the body, 0 where it is not, 2 where
+    that cannot be told."""
+    parser = argparse.ArgumentParser(
+        prog="repro.py", description="A plugin beside its op's body, both against float64."
+    )
+    parser.add_argument(
+        "--backend", help="onnxruntime (kernels are interpreted) or tensorrt (default: as it was found)"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        node, inputs, reader, facts = read_node_folder(folder)
+        programs = make(reader) if make else node_programs(options.backend or facts["backend"], reader)
+        (tried,) = try_node(node, [(facts["inputs"], inputs)], programs, Materializer(reader))
+    except UserError as error:
+        print(complaint(str(error)), file=sys.stderr)
+        return USER_ERROR
+    print(f"{node.name} ({node.op}) on {tried.what}")
+    print("\n".join(figures(tried)))
+    return int(tried.wrong)
