@@ -4,8 +4,8 @@
 
 ``NAMES``: steps or groups (``correctness``, ``figures``, ``quantized``, ``ranks``), patterns such as ``validate-*`` too, joined
 by commas; what a step of ``--only`` needs is run as well, unless ``--skip`` names it. Goes on after a failure, and prints a line
-per step. In ``DIR``: ``summary.json``, what became of each; ``figures.json``, all that was measured; ``logs.tar.gz``, what each said.
-Engines stay in ``--work_dir``, where the next run finds them.
+per step. In ``DIR``: ``summary.json``, what became of each; ``figures.json``, all that was measured; ``logs.tar.gz``, what each
+said. Engines stay in ``--work_dir``, where the next run finds them.
 """
 
 from __future__ import annotations
