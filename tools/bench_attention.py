@@ -91,8 +91,8 @@ CASES = (
 
 @dataclass(frozen=True)
 class Row:
-    """``microseconds`` per run, of which ``floor`` have to be; ``share`` of the floor that is reached; ``read`` and ``matmul``:
-    the ceilings in bytes and operations per second."""
+    """``microseconds`` per run, of which ``floor`` have to be; ``share`` of the floor that is reached; ``error``: relative, the peer
+    has none; ``read`` and ``matmul``: the ceilings in bytes and operations per second."""
 
     case: str
     dtype: str
@@ -101,7 +101,7 @@ class Row:
     floor: float
     share: float
     tflops: float
-    error: float
+    error: float | None
     read: float
     matmul: float
 
@@ -238,10 +238,10 @@ def measure_peer(case: Case, dtype: torch.dtype, read: float) -> Iterator[Row]:
     except RuntimeError as error:
         print(f"cuDNN: {str(error).splitlines()[0]}", flush=True)
         return
-    yield row_of(case, dtype, "cuDNN", time, float("nan"), read)
+    yield row_of(case, dtype, "cuDNN", time, None, read)
 
 
-def row_of(case: Case, dtype: torch.dtype, tactic: str, time: float, error: float, read: float) -> Row:
+def row_of(case: Case, dtype: torch.dtype, tactic: str, time: float, error: float | None, read: float) -> Row:
     """The row of a measured ``time``, in µs; torch's rate is measured now."""
     matmul = matmul_peak(dtype)
     pairs = case.batch * case.new * (case.past + (case.new + 1) / 2)
@@ -254,9 +254,10 @@ def row_of(case: Case, dtype: torch.dtype, tactic: str, time: float, error: floa
 
 
 def table_line(row: Row) -> str:
+    error = "" if row.error is None else f"  error {row.error:.1e}"
     return (
         f"{row.case:39} {row.dtype:8} {row.tactic:10} {row.microseconds:8.1f} µs  floor {row.floor:7.1f}  "
-        f"{100 * row.share:5.1f}%  {row.tflops:6.1f} TFLOP/s  error {row.error:.1e}"
+        f"{100 * row.share:5.1f}%  {row.tflops:6.1f} TFLOP/s{error}"
     )
 
 

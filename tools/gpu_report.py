@@ -86,7 +86,7 @@ def attention(found: Figures, name: str = "attention") -> str:
     rows = [
         (
             *(row["case"], row["dtype"], row["tactic"], f"{row['microseconds']:.1f}", f"{row['floor']:.1f}"),
-            *(f"{100 * row['share']:.1f}%", f"{row['tflops']:.0f}", f"{row['error']:.0e}"),
+            *(f"{100 * row['share']:.1f}%", f"{row['tflops']:.0f}", _error(row["error"])),
         )
         for row in found[name]["rows"]
     ]
@@ -209,6 +209,10 @@ def quantized_linear(found: Figures) -> str:
     ]
     titles = ("layer", "format", "dtype", "how", "tokens", "µs", "floor, µs", "share", "floats, µs", "times as fast")
     return table((*titles, "error"), rows)
+
+
+def _error(error: float | None) -> str:
+    return "" if error is None else f"{error:.0e}"
 
 
 def _beside(other: float, times: float) -> tuple[str, str]:

@@ -91,7 +91,8 @@ def figures() -> dict[str, Any]:
             )
         ),
         "q-attention": rows(
-            bench_attention.Row("1 × 1 new, fp8", "float16", "few", 8.5, 6.3, 0.74, 2.0, 1e-3, 4e12, 7e14)
+            bench_attention.Row("1 × 1 new, fp8", "float16", "few", 8.5, 6.3, 0.74, 2.0, 1e-3, 4e12, 7e14),
+            bench_attention.Row("1 × 1 new", "float16", "cuDNN", 8.7, 6.3, 0.72, 2.0, None, 4e12, 7e14),
         ),
     }
 
