@@ -91,7 +91,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Row:
-    """``microseconds`` per run, of which ``floor`` have to be; ``share`` of the floor that is reached; ``error``: relative, the peer
+    """``microseconds`` per run, of which ``floor`` have to be; ``share`` of it that is reached; ``error``: relative, the peer
     has none; ``read`` and ``matmul``: the ceilings in bytes and operations per second."""
 
     case: str
