@@ -12,7 +12,7 @@ to other ranks' GPUs on the stream itself, before and after the graph: both side
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from moecompiler.backends.tensorrt_feeds import Feeds
 from moecompiler.backends.tensorrt_profiles import DECODE, PREFILL, bucket_of
 from moecompiler.backends.tensorrt_record import Record
 from moecompiler.backends.tensorrt_sampling import DeviceSampling
-from moecompiler.graph import COLLECTIVES
+from moecompiler.graph import exchanges
 from moecompiler.runtime.collective_kernels import CollectiveKernels
 from moecompiler.runtime.communicator import current_ways
 from moecompiler.runtime.device import Buffer, Device, at_the_end
@@ -80,7 +80,7 @@ class TensorRTSession:
         self._ran: set[Any] = set()
         self._batch, self._steps, self._keep_logits = 0, 0, False
         self._link: _Link | None = None
-        self._exchanges = any(op in COLLECTIVES for op in record.plugins.values())
+        self._exchanges = any(map(exchanges, record.plugins.values()))
         self.collective_kernels = collectives
 
     def close(self) -> None:
@@ -262,25 +262,41 @@ class TensorRTSession:
             feeds.bind(context, (rows, 1))
             self._caches.bind(context, rows, first)
 
-        def work() -> None:
+        def compute() -> None:
             self._engine.enqueue(key)
+
+        def choose() -> None:
             if sampling is not None:
                 sampling.enqueue(rows, first, feeds.buffers[self._engine.output].pointer)
 
+        def both() -> None:
+            compute()
+            choose()
+
         self._receive(feeds, (rows, 1))
-        graphs, way = self._engine.graphs, (*key, sampling and sampling.greedy)
+        if sampling is None:
+            self._run((*key, None), compute)
+        elif self._exchanges:  # a message is in a graph on all ranks or on none, and one of them alone chooses
+            self._run((*key, None), compute)
+            self._run((rows, first, "choice", sampling.greedy), choose)
+        else:
+            self._run((*key, sampling.greedy), both)
+        self._send(feeds, (rows, 1))
+        self._caches.advance(first)
+        return context
+
+    def _run(self, way: Any, work: Callable[[], None]) -> None:
+        """Enqueues work that always is the same; as a graph from the second time on, where one can hold it."""
+        graphs = self._engine.graphs
         if way not in graphs and way in self._ran:
             graphs[way] = self._engine.stream.capture(work)
         if way in graphs:
             graphs[way].launch(self._engine.stream)
-        else:
-            waits = self._waits()
-            work()
-            if not self._exchanges or (waits is not None and waits == self._waits()):
-                self._ran.add(way)
-        self._send(feeds, (rows, 1))
-        self._caches.advance(first)
-        return context
+            return
+        waits = self._waits()
+        work()
+        if not self._exchanges or (waits is not None and waits == self._waits()):
+            self._ran.add(way)
 
     def _make_sampling(self, kernels: SamplingKernels, limits: EngineLimits) -> DeviceSampling:
         vocab = self._engine.shape(self._engine.output)[-1]

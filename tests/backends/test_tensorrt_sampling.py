@@ -15,7 +15,8 @@ from programs import Passage
 
 from moecompiler.errors import UserError
 from moecompiler.mapping import Mapping
-from moecompiler.runtime.communicator import Alone
+from moecompiler.runtime.communicator import Alone, using_communicator
+from moecompiler.runtime.device_communicator import Ways
 from moecompiler.runtime.generation import Generation, GenerationOptions, generate
 from moecompiler.runtime.sampling import Sampler, SamplingOptions
 from moecompiler.runtime.session import SamplingSession
@@ -139,6 +140,17 @@ def test_collectives_are_not_captured(setting: Setting, prompts: list[list[int]]
     session = setting.session(samples=True, plugins={"model.layers.0.mlp/AllReduce_9": "AllReduce"})
     assert text(session, prompts).output_ids == text(setting.session(), prompts).output_ids
     assert all(way[-1] is None for way in session._engine.graphs)
+
+
+def test_ranks_capture_alike(setting: Setting, prompts: list[list[int]]) -> None:
+    """NCCL wants a message to be in a graph on every rank or on none. The choice, which one of them makes, is by itself."""
+    session, ranks = setting.session(in_place=True, samples=True, plugins={"mlp/AllReduce_9": "AllReduce"}), Alone()
+    ranks.device = Ways([])
+    for sampling in (SamplingOptions(), DRAWN):
+        with using_communicator(ranks):
+            said = text(session, prompts[:1], sampling=sampling).output_ids
+        assert said == text(setting.session(), prompts[:1], sampling=sampling).output_ids
+    assert set(session._engine.graphs) == {(1, 0, 0, None), (1, 0, "choice", True), (1, 0, "choice", False)}
 
 
 def test_what_uses_something_goes_first(setting: Setting, prompts: list[list[int]]) -> None:
