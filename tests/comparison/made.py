@@ -145,7 +145,7 @@ def _layer(
 ) -> LayerLevel:
     places: list[tuple[str, int | None]] = [("model.embed_tokens", None)]
     for layer in range(layers):
-        places += [(f"model.layers.{layer}.self_attn", layer), (f"model.layers.{layer}", layer)]
+        places += [(f"model.layers.{layer}{module}", layer) for module in (".self_attn", ".mlp", "")]
     places.append(("model.norm", None))
     prompt = tokens * 2 // 3
     ends = np.linspace(prompt, tokens, 1 + stretches_of_decode, dtype=int).tolist()
@@ -156,7 +156,7 @@ def _layer(
         relative = np.zeros((len(places), len(stretches)))
         relative[1:] = 2e-4 * np.cumprod(numbers.lognormal(0.06, 0.1, (len(places) - 1, len(stretches))), axis=0)
         if bad and program == PLUGINS:
-            relative[5:] *= 20
+            relative[6:] *= 20
         worst = relative * 4
         growth = [
             1.0,
@@ -165,7 +165,7 @@ def _layer(
         return LayerErrors(program, _rows(relative), _rows(worst), tuple(growth))
 
     names, numbered = zip(*places, strict=True)
-    return LayerLevel("Parts of the graph.", names, numbered, stretches, (errors(PLUGINS), errors(OOTB)))
+    return LayerLevel("seen in parts of the graph", names, numbered, stretches, (errors(PLUGINS), errors(OOTB)))
 
 
 def _model(numbers: np.random.Generator, tokens: int, bad: bool) -> ModelLevel:

@@ -105,7 +105,7 @@ def test_numbers_under_pointer_and_keys(page: Page) -> None:
     first = tip_of(page)
     assert first.startswith("model.embed_tokens, prefill, position 0 to 15\nplugins on: 0")
     page.keyboard.press("ArrowRight")
-    assert tip_of(page).startswith("model.layers.0.self_attn")
+    assert tip_of(page).startswith("model.layers.0, prefill")
     page.keyboard.press("ArrowLeft")
     assert tip_of(page) == first
     page.keyboard.press("Escape")

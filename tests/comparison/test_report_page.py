@@ -59,8 +59,10 @@ def test_every_number_drawn_is_in_the_json(result: Result) -> None:
     for level in (("layer",), ("routing", "replayed", "layer")):
         base = "/" + "/".join(level)
         for number, program in enumerate(resolve(data, base)["programs"]):
-            for key in ("relative", "worst"):
-                assert set(leaves(program[key], f"{base}/programs/{number}/{key}")) <= set(marks)
+            assert set(leaves(program["relative"], f"{base}/programs/{number}/relative")) <= set(marks)
+            stream = [i for i, name in enumerate(resolve(data, base)["places"]) if not name.endswith(("attn", "mlp"))]
+            for place in stream:
+                assert set(leaves(program["worst"][place], f"{base}/programs/{number}/worst/{place}")) <= set(marks)
     tokens = page.sources("span")
     for number, program in enumerate(data["model"]["programs"]):
         kl = set(leaves(program["kl"], f"/model/programs/{number}/kl"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from moecompiler.comparison.report.axes import LogAxis, across, numbered
@@ -12,6 +12,7 @@ from moecompiler.comparison.report.programs import Shown
 from moecompiler.comparison.result import Check, LayerErrors, LayerLevel, Stretch
 from moecompiler.pages.figures import figure, significant
 
+_ADDED = (".self_attn", ".mlp")  # modules whose outputs are added to the residual stream
 _SEVERAL = 4  # stretches: from here on not all are shown at once
 _ANY_ERROR = 10.0  # a relative error that no check is for
 
@@ -66,9 +67,9 @@ def layer_plots(
             numbered(_layer_labels(level)),
             axis.ticks(),
             tuple(
-                _curve(level, at, programs, axis, number, key, [(place, index) for place in range(len(level.places))])
+                curve
                 for number in range(len(level.programs))
-                for key in ("worst", "relative")
+                for curve in _layers(level, at, programs, axis, number, index)
             ),
             rules,
         )
@@ -85,9 +86,7 @@ def layer_plots(
         numbered([str(stretch.first) for stretch in level.stretches]),
         axis.ticks(),
         tuple(
-            _curve(level, at, programs, axis, number, key, [(last, index) for index in range(len(plots))])
-            for number in range(len(level.programs))
-            for key in ("worst", "relative")
+            curve for number in range(len(level.programs)) for curve in _along(level, at, programs, axis, number, last)
         ),
         rules,
     )
@@ -135,28 +134,53 @@ def steepest(level: LayerLevel, programs: Mapping[str, Shown]) -> list[str]:
     return said
 
 
-def _curve(
+def _layers(
+    level: LayerLevel, at: tuple[str, ...], programs: Mapping[str, Shown], axis: LogAxis, number: int, stretch: int
+) -> Iterator[Curve]:
+    """The residual stream as a line, which its worst token follows, and what is added to it as marks: its error is of another
+    size, which no line should jump to and from."""
+    style = programs[level.programs[number].program].style
+
+    def marks(key: str, added: bool) -> tuple[Mark, ...]:
+        return tuple(
+            _mark(level, at, programs, axis, (number, key, place, stretch), across(place, len(level.places)))
+            for place, name in enumerate(level.places)
+            if name.endswith(_ADDED) == added
+        )
+
+    yield Curve(style, marks("worst", False), thin=True)
+    yield Curve(style, marks("relative", False))
+    if any(name.endswith(_ADDED) for name in level.places):
+        yield Curve(style, marks("relative", True), line=False)
+
+
+def _along(
+    level: LayerLevel, at: tuple[str, ...], programs: Mapping[str, Shown], axis: LogAxis, number: int, place: int
+) -> Iterator[Curve]:
+    """One place, stretch by stretch."""
+    count = len(level.stretches)
+    for key in ("worst", "relative"):
+        marks = (
+            _mark(level, at, programs, axis, (number, key, place, stretch), across(stretch, count))
+            for stretch in range(count)
+        )
+        yield Curve(programs[level.programs[number].program].style, tuple(marks), thin=key == "worst")
+
+
+def _mark(
     level: LayerLevel,
     at: tuple[str, ...],
     programs: Mapping[str, Shown],
     axis: LogAxis,
-    number: int,
-    key: str,
-    where: Sequence[tuple[int, int]],
-) -> Curve:
-    """The ``number``-th program's ``relative`` or ``worst`` errors at places and stretches, side by side."""
-    program = level.programs[number]
-    values: tuple[tuple[float, ...], ...] = getattr(program, key)
-    marks = (
-        Mark(
-            across(index, len(where)),
-            axis.at(values[place][stretch]),
-            pointer(*at, "programs", number, key, place, stretch),
-            _tip(level, programs, place, stretch),
-        )
-        for index, (place, stretch) in enumerate(where)
-    )
-    return Curve(programs[program.program].style, tuple(marks), thin=key == "worst")
+    where: tuple[int, str, int, int],
+    x: float,
+) -> Mark:
+    """``where``: the program's number, ``relative`` or ``worst``, the place and the stretch."""
+    number, key, place, stretch = where
+    errors = level.programs[number]
+    value = (errors.worst if key == "worst" else errors.relative)[place][stretch]
+    tip = _tip(level, programs, place, stretch)
+    return Mark(x, axis.at(value), pointer(*at, "programs", *where), tip)
 
 
 def _tip(level: LayerLevel, programs: Mapping[str, Shown], place: int, stretch: int) -> str:
