@@ -4,162 +4,144 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
 from rich.console import Console
 
 from moecompiler.errors import UserError
 from moecompiler.tools import options as opt
-from moecompiler.tools.flags import EngineFlags
+from moecompiler.tools.comparison import options as own
+from moecompiler.tools.groups import grouped
 
 if TYPE_CHECKING:
     from moecompiler.comparison.result import Result
+    from moecompiler.tools.comparison.request import Request
 
 DIFFERENT = 1
-_WHAT, _TEXT, _BUILD, _OUT = "What to compare", "Text", "Engines", "Output"
 
 
+@grouped
 def compare(
-    directories: Annotated[
-        list[Path],
-        typer.Argument(metavar="DIR [DIR]", help="What `compile`, `build`, `optimize` or `export` wrote; or two."),
-    ],
-    level: Annotated[
-        str,
-        typer.Option("--level", metavar="LEVEL,…", help="op, layer, model and routing.", rich_help_panel=_WHAT),
-    ] = "op,layer,model,routing",
-    layers: Annotated[
-        str | None,
-        typer.Option("--layers", metavar="N,…", help="Layers of the op level: 0,3 or 0-3.", rich_help_panel=_WHAT),
-    ] = None,
-    ops: Annotated[
-        str | None,
-        typer.Option("--ops", metavar="OP,…", help="Ops of the op level: moe,attention,….", rich_help_panel=_WHAT),
-    ] = None,
-    replay: Annotated[
-        bool, typer.Option("--replay/--no_replay", help="Also with routing replayed.", rich_help_panel=_WHAT)
-    ] = True,
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            "--text", help="Held-out text (default: heldout.txt beside the checkpoint).", rich_help_panel=_TEXT
-        ),
-    ] = None,
-    tokenizer_dir: Annotated[
-        Path | None,
-        typer.Option("--tokenizer_dir", help="Folder of the tokenizer (default: the engine's).", rich_help_panel=_TEXT),
-    ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", help="About how many to run.", rich_help_panel=_TEXT)] = 128,
-    prompts: Annotated[int, typer.Option("--prompts", help="Greedy texts.", rich_help_panel=_TEXT)] = 2,
-    output_len: Annotated[int, typer.Option("--output_len", help="Tokens of each.", rich_help_panel=_TEXT)] = 16,
-    seed: Annotated[int, typer.Option("--seed", help="Of random tokens.", rich_help_panel=_TEXT)] = 0,
-    backend: Annotated[
-        str | None, typer.Option("--backend", help="What runs them (default: the engine's).", rich_help_panel=_BUILD)
-    ] = None,
-    plugins: Annotated[
-        str,
-        typer.Option(
-            "--plugins", metavar="WHICH", help="Which nodes are plugins, as for build.", rich_help_panel=_BUILD
-        ),
-    ] = "auto",
-    plugin_tactics: Annotated[
-        str,
-        typer.Option(
-            "--plugin_tactics", metavar="NAME,…", help="Plans of interpreted plugins.", rich_help_panel=_BUILD
-        ),
-    ] = "",
-    max_batch_size: Annotated[
-        int, typer.Option("--max_batch_size", help="Of engines that are built here.", rich_help_panel=_BUILD)
-    ] = 4,
-    threads: Annotated[int, typer.Option("--threads", help="CPU threads (0: all cores).", rich_help_panel=_BUILD)] = 0,
-    work_dir: Annotated[
-        Path | None,
-        typer.Option("--work_dir", help="Where engines are built (default: DIR.compare).", rich_help_panel=_OUT),
-    ] = None,
-    output_dir: Annotated[
-        Path | None,
-        typer.Option("--output_dir", help="Where the report goes (default: report in it).", rich_help_panel=_OUT),
-    ] = None,
-    fail_on: Annotated[
-        str,
-        typer.Option(
-            "--fail_on",
-            metavar="LEVEL,…",
-            help="Levels whose checks give status 1: op, layer, model, routing, any or none.",
-            rich_help_panel=_OUT,
-        ),
-    ] = "any",
+    directories: own.Directories,
+    what: own.WhatFlags,
+    text: own.TextFlags,
+    engines: own.EngineChoice,
+    output: own.OutputFlags,
     as_json: opt.Json = False,
 ) -> int:
     """Compare plugins with the plain graph and PyTorch: nodes, layers, logits and routing, with a report and a verdict."""
-    from moecompiler.comparison.report.write import write_report
-    from moecompiler.tools.comparison.request import Request, parse_fail_on, parse_layers, parse_levels, parse_ops
-    from moecompiler.tools.comparison.run import run_comparison
-    from moecompiler.tools.comparison.sides import two_artifacts, with_and_without_plugins
+    from moecompiler.tools.comparison.request import parse_fail_on, parse_levels, parse_ops
 
-    levels, failing = parse_levels(level), parse_fail_on(fail_on)
-    if len(directories) > 2:
+    levels, failing, ops = parse_levels(what.level), parse_fail_on(output.fail_on), parse_ops(what.ops)
+    text.check()
+    if len(directories) > 2 and not what.matrix:
         raise UserError(f"compare takes one directory or two, not {len(directories)}; --matrix takes many")
-    for name, value, least in (("--tokens", tokens, 8), ("--prompts", prompts, 0), ("--output_len", output_len, 1)):
-        if value < least:
-            raise UserError(f"{name} {value}: give {least} or more")
-    first = directories[0].absolute()
-    work = work_dir or first.with_name(f"{first.name}.compare")
-    engine = EngineFlags(
-        backend=backend or "onnxruntime", plugins=plugins, plugin_tactics=plugin_tactics, max_batch_size=max_batch_size
-    )
     errors = Console(stderr=True)
-    status = errors.status("comparing") if errors.is_terminal else nullcontext()
-    with status as shown:
+    with errors.status("comparing") if errors.is_terminal else nullcontext() as shown:
 
-        def told(what: str) -> None:
+        def told(doing: str) -> None:
             if shown is not None:
-                shown.update(f"comparing: {what}")
+                shown.update(f"comparing: {doing}")
 
-        if len(directories) == 2:
-            sides = two_artifacts((directories[0], directories[1]), work, engine, told)
-            if "op" in levels:
-                levels = tuple(each for each in levels if each != "op")
-                print(
-                    "note: the op level compares two programs of the same graphs: left out of two artifacts",
-                    file=sys.stderr,
-                )
-        else:
-            sides = with_and_without_plugins(first, work, engine, told, chosen_backend=backend is not None)
-        wanted = parse_layers(layers, sides[0].job.model.num_hidden_layers)
-        request = Request(
-            levels,
-            wanted,
-            parse_ops(ops),
-            text,
-            tokenizer_dir,
-            tokens,
-            seed,
-            prompts,
-            output_len,
-            replay,
-            threads,
-            work,
-        )
-        result = run_comparison(sides, request, told)
-    page = write_report(result, output_dir or work / "report")
+        def request(work_dir: Path) -> Request:
+            return own.request_of(what, text, engines, levels, ops, work_dir)
+
+        if what.matrix:
+            return _matrix(directories, request, engines, output, failing, told, as_json=as_json)
+        first = directories[0].absolute()
+        work = output.work_dir or first.with_name(f"{first.name}.compare")
+        result = _compared(directories, request(work), engines, what.bisect, told)
+    from moecompiler.comparison.report.write import write_report
+
+    page = write_report(result, output.output_dir or work / "report")
     for note in result.notes:
         print(f"note: {note}", file=sys.stderr)
     if as_json:
         print(json.dumps(result.to_json(), indent=1, allow_nan=False))
     else:
         show(result, page)
-    return DIFFERENT if set(result.failed_levels()) & set(failing) else 0
+    return DIFFERENT if {*result.failed_levels()} & {*failing} else 0
+
+
+def _compared(
+    directories: list[Path],
+    request: Request,
+    engines: own.EngineChoice,
+    bisect: bool | None,
+    told: Callable[[str], None],
+) -> Result:
+    """``bisect``: None where something fails."""
+    from moecompiler.tools.comparison.culprits import find_culprits
+    from moecompiler.tools.comparison.request import parse_layers
+    from moecompiler.tools.comparison.run import measure, prepare
+    from moecompiler.tools.comparison.sides import two_artifacts, with_and_without_plugins
+
+    flags, notes = engines.flags(), list[str]()
+    if len(directories) == 2:
+        sides = two_artifacts((directories[0], directories[1]), request.work_dir, flags, told)
+        if "op" in request.levels:
+            request = replace(request, levels=tuple(each for each in request.levels if each != "op"))
+            notes.append("the op level compares two programs of the same graphs: left out of two artifacts")
+        if not request.levels:
+            raise UserError("--level op: compares two programs of the same graphs; give one directory")
+    else:
+        chosen = engines.backend is not None
+        sides = with_and_without_plugins(
+            directories[0].absolute(), request.work_dir, flags, told, chosen_backend=chosen
+        )
+    layers = parse_layers(request.layers_text, sides[0].job.model.num_hidden_layers)
+    measuring = prepare(sides, replace(request, layers=layers), told)
+    measuring.notes[:0] = notes
+    result = measure(measuring)
+    if len(directories) == 1 and (bisect or (bisect is None and not result.passed)):
+        found = find_culprits(measuring, result, told)
+        result = replace(result, bisection=found, notes=tuple(measuring.notes))
+    return result
+
+
+def _matrix(
+    directories: list[Path],
+    request: Callable[[Path], Request],
+    engines: own.EngineChoice,
+    output: own.OutputFlags,
+    failing: tuple[str, ...],
+    told: Callable[[str], None],
+    *,
+    as_json: bool,
+) -> int:
+    """Each directory by itself, and all in one table."""
+    from moecompiler.comparison.matrix import artifact_names, matrix_of
+    from moecompiler.comparison.report.matrix import write_matrix
+
+    base = output.work_dir or directories[0].absolute().with_name("matrix.compare")
+    results = {}
+    for name, directory in zip(artifact_names(directories), directories, strict=True):
+        results[name] = _compared([directory], request(base / name), engines, False, told)
+        for note in results[name].notes:
+            print(f"note: {name}: {note}", file=sys.stderr)
+    page = write_matrix(results, output.output_dir or base / "report")
+    failed = {name: result.failed_levels() for name, result in results.items()}
+    if as_json:
+        print(json.dumps(matrix_of(results).to_json(), indent=1, allow_nan=False))
+    else:
+        for name, levels in failed.items():
+            print(f"{name}: {'beyond bounds: ' + ', '.join(levels) if levels else 'within bounds'}")
+        print(f"report: {page}")
+    return DIFFERENT if any({*levels} & {*failing} for levels in failed.values()) else 0
 
 
 def show(result: Result, page: Path) -> None:
-    """The checks, those that did not pass last, and where the report is."""
+    """The checks, those that did not pass last; which plugins it takes; and where the report is."""
     for check in sorted(result.verdict, key=lambda each: not each.passed):
-        sign = "<=" if check.at_most else ">="
-        mark = "ok  " if check.passed else "FAIL"
-        print(f"{mark} {check.level}: {check.name}, {check.subject}: {check.value:.3g} ({sign} {check.bound:.3g})")
+        sign, mark = ("<=" if check.at_most else ">="), ("ok  " if check.passed else "FAIL")
+        subject = f", {check.subject}" if check.subject else ""
+        print(f"{mark} {check.level}: {check.name}{subject}: {check.value:.3g} ({sign} {check.bound:.3g})")
+    if result.bisection is not None:
+        print(f"it takes the plugins: {', '.join(result.bisection.culprits)}")
+        print(f"each by itself, to be run: {result.bisection.folder}")
     failed = result.failed_levels()
-    print(f"{'no differences beyond bounds' if not failed else 'BEYOND BOUNDS: ' + ', '.join(failed)}; report: {page}")
+    print(f"{'BEYOND BOUNDS: ' + ', '.join(failed) if failed else 'within bounds'}; report: {page}")

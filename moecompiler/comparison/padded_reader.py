@@ -36,7 +36,10 @@ class PaddedReader:
         if found is None or start[axis] + shape[axis] <= self._hidden:
             return self._reader.read(name, start, shape)
         there = list(shape)
-        there[axis] = max(0, self._hidden - start[axis])
+        there[axis] = self._hidden - start[axis]
+        if there[axis] <= 0:
+            kind = self._reader.read(name, (0,) * len(shape), (1,) * len(shape)).dtype
+            return np.zeros(shape, kind)
         box = self._reader.read(name, start, tuple(there))
         widths: Any = [(0, whole - part) for whole, part in zip(shape, there, strict=True)]
         return np.pad(box, widths)

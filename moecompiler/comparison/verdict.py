@@ -8,6 +8,9 @@ from moecompiler.comparison import thresholds
 from moecompiler.comparison.result import Check, LayerLevel, ModelLevel, OpCase, OpLevel, RoutingLevel
 from moecompiler.comparison.thresholds import Bounds
 
+REPLAYED = "replayed, "
+"""Begins the names of checks of programs with routing replayed."""
+
 
 def verdict(
     bounds: Bounds,
@@ -28,9 +31,9 @@ def verdict(
         checks += _of_routing(routing, bounds)
         replayed = routing.replayed
         if replayed is not None and replayed.layer is not None:
-            checks += _of_layers("routing", replayed.layer, bounds.replayed_hidden, bounds.beside, "replayed, ")
+            checks += _of_layers("routing", replayed.layer, bounds.replayed_hidden, bounds.beside, REPLAYED)
         if replayed is not None and replayed.model is not None:
-            checks += _of_model("routing", replayed.model, bounds, "replayed, ")
+            checks += _of_model("routing", replayed.model, bounds, REPLAYED)
     return tuple(checks)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -24,6 +24,7 @@ from moecompiler.comparison.padded_reader import PaddedReader
 from moecompiler.comparison.reference import ReferenceModel
 from moecompiler.comparison.result import GreedyText, LayerLevel, ModelLevel, OpLevel, Replayed, RoutingLevel
 from moecompiler.comparison.routing_level import measure_routing
+from moecompiler.comparison.runners import OpenProgram
 from moecompiler.comparison.runs import OpenSession, Run, observed_run
 from moecompiler.comparison.sessions import ObservedSession, ProgramSession
 from moecompiler.comparison.thresholds import Bounds
@@ -73,6 +74,18 @@ class Measuring:
                 self._engine_runs[side.name] = run_engine(opened, side.job.mapping, self.scenario, timed=timed)
         return self._engine_runs
 
+    def opener(self, side: Side, reader: TensorReader) -> OpenProgram:
+        """What runs graphs as the side's engines do."""
+        return opener_of(side, reader, self.request.work_dir / "programs", self.request.threads)
+
+    def with_first(self, side: Side, *, replay: bool) -> Measuring:
+        """The same with another first side, and without greedy text: what is known of the others is kept."""
+        second = self.sides[1]
+        kept = {name: run for name, run in self._engine_runs.items() if name == second.name}
+        runs = {name: run for name, run in self._runs.items() if name == second.name}
+        request = replace(self.request, prompts=0, replay=replay)
+        return replace(self, sides=(side, second), request=request, notes=[], _engine_runs=kept, _runs=runs)
+
     def reference_run(self) -> Run:
         if self._reference_run is None:
             self._reference_run = observed_run(self.reference, self.reference_model.mapping, self.scenario)
@@ -88,7 +101,7 @@ class Measuring:
     def watched(self, side: Side, reader: TensorReader, forced: dict[int, np.ndarray] | None) -> Run:
         self.told(f"graphs with more outputs, {side.name}" + (", routing replayed" if forced else ""))
         programs = programs_of(side)
-        opened = watched_sessions(side, programs, reader, self.scenario, self.request, replayed=forced is not None)
+        opened = watched_sessions(side, programs, reader, self.opener(side, reader), self.scenario, forced is not None)
         return observed_run(opened, side.job.mapping, self.scenario, forced)
 
 
@@ -110,10 +123,7 @@ def measure_op_level(m: Measuring, told: Callable[[str], None]) -> OpLevel:
         raise UserError("op level: no plugin of the graphs is of these --layers and --ops")
     step = m.scenario.steps()[0]
     captured = capture(programs, first.job.mapping, m.reader, step, wanted)
-    openers = {
-        side.name: opener_of(side.backend, side.switches, m.reader, m.request.work_dir / "nodes", m.request.threads)
-        for side in m.sides
-    }
+    openers = {side.name: m.opener(side, m.reader) for side in m.sides}
     timed = frozenset(side.name for side in m.sides if not is_interpreted(side))
     lengths = np.array(m.scenario.prompt_lengths)
     return measure_ops(captured, lengths, Programs(openers, timed), lambda rank: Materializer(m.reader), told)
@@ -198,13 +208,11 @@ def watched_sessions(
     side: Side,
     programs: Sequence[Program],
     reader: TensorReader,
+    opener: OpenProgram,
     scenario: Scenario,
-    request: Request,
-    *,
-    replayed: bool = False,
+    replayed: bool,
 ) -> OpenSession:
     """Sessions of a side's graphs with more outputs."""
-    opener = opener_of(side.backend, side.switches, reader, request.work_dir / "watched", request.threads)
     dtype = side.job.export.dtype
     steps = scenario.steps()[:2]
 

@@ -15,7 +15,7 @@ from moecompiler.errors import UserError
 from moecompiler.plugin_switches import FAMILIES
 from moecompiler.runtime.prompts import load_tokenizer
 from moecompiler.tools.job import Job
-from moecompiler.tools.text import encode_text
+from moecompiler.tools.text import default_text, encode_text
 from moecompiler.validation.scenario import Scenario
 
 FAIL_ON = (*LEVELS, "any", "none")
@@ -23,12 +23,13 @@ FAIL_ON = (*LEVELS, "any", "none")
 
 @dataclass(frozen=True)
 class Request:
-    """``layers`` and ``ops``: of the op level, None: all. ``tokens``: about how many are run; ``prompts`` texts of
-    ``output_len`` tokens are continued greedily. ``replay``: whether routing is replayed. ``threads``: of the CPU, 0: as many
-    as there are."""
+    """``layers``, as ``layers_text`` says them, and ``ops``: of the op level, None: all. ``tokens``: about how many are run;
+    ``prompts`` texts of ``output_len`` tokens are continued greedily. ``replay``: whether routing is replayed. ``threads``:
+    of the CPU, 0: as many as there are."""
 
     levels: tuple[str, ...]
     layers: tuple[int, ...] | None
+    layers_text: str | None
     ops: tuple[str, ...] | None
     text: Path | None
     tokenizer_dir: Path | None
@@ -109,8 +110,7 @@ def read_text(artifact: Artifact, request: Request, notes: list[str]) -> Text:
     if folder is None:
         return Text((), lambda token: f"<{token}>", f"random tokens of seed {request.seed}")
     tokenizer = load_tokenizer(folder, job.model.vocab_size)
-    source = request.text.name if request.text is not None else "the text beside the checkpoint, or Python's own"
-    return Text(tuple(ids), lambda token: tokenizer.decode([token]), source)
+    return Text(tuple(ids), lambda token: tokenizer.decode([token]), (request.text or default_text(job)).name)
 
 
 def _tokenizer_dir(artifact: Artifact) -> Path | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+from polygraphy.logger import G_LOGGER
 
 from moecompiler.checkpoint import expected_tensors
 from moecompiler.comparison.reference import ReferenceModel
@@ -34,10 +35,11 @@ from moecompiler.tools.job import Job
 from moecompiler.tools.validate import quantization_of
 
 
-def run_comparison(sides: tuple[Side, Side], request: Request, told: Callable[[str], None]) -> Result:
-    """Measures the levels that are asked for. Raises: UserError where one cannot be measured."""
-    measuring = prepare(sides, request, told)
-    op = measure_op_level(measuring, told) if "op" in request.levels else None
+def measure(measuring: Measuring) -> Result:
+    """The levels that are asked for. Raises: UserError where one cannot be measured."""
+    G_LOGGER.module_severity = G_LOGGER.CRITICAL  # what Polygraphy would print is no part of the output
+    sides, request = measuring.sides, measuring.request
+    op = measure_op_level(measuring, measuring.told) if "op" in request.levels else None
     layer = measure_layer_level(measuring) if "layer" in request.levels else None
     model = measure_model_level(measuring) if "model" in request.levels else None
     routing = measure_routing_level(measuring) if "routing" in request.levels else None

@@ -52,9 +52,17 @@ class Side:
     @property
     def plugins(self) -> dict[str, str]:
         """Node → op, of all ranks."""
+        return self._recorded("plugins")
+
+    @property
+    def tactics(self) -> tuple[str, ...]:
+        """Names of the plans of interpreted plugins."""
+        return tuple(dict.fromkeys(self._recorded("tactics").values()))
+
+    def _recorded(self, key: str) -> dict[str, str]:
         found: dict[str, str] = {}
         for rank in range(self.engines.world_size):
-            found |= self.engines.rank_info(rank).get("engine", {}).get("plugins", {})
+            found |= self.engines.rank_info(rank).get("engine", {}).get(key, {})
         return found
 
 
@@ -126,7 +134,7 @@ def with_and_without_plugins(
     for name, switches in ((PLUGINS, plugins), (OOTB, "off")):
         flags = replace(engine, plugins=switches)
         if engines is not None and same and _is_built_so(engines, name, engine.plugins):
-            sides.append(Side(name, directory.name, engines, source, _switches_of(engines)))
+            sides.append(Side(name, directory.name, engines, source, switches_of(engines)))
         else:
             sides.append(_built(name, source, work_dir / name, flags, max_seq_len, told))
     first, second = sides
@@ -180,9 +188,9 @@ def two_artifacts(
         if found.stage == "engine":
             with suppress(UserError):
                 source = Artifact.open(directory / "optimize", ("optimize",))
-                sides.append(Side(name, label, found, source, _switches_of(found)))
+                sides.append(Side(name, label, found, source, switches_of(found)))
                 continue
-            sides.append(Side(name, label, found, None, _switches_of(found)))
+            sides.append(Side(name, label, found, None, switches_of(found)))
             continue
         if found.stage == "export":
             found = _optimized(found, work_dir / f"{name}.optimize")
@@ -198,6 +206,7 @@ def _model(side: Side) -> Any:
     return {key: value for key, value in side.job.model.to_json().items() if key != "dtype"}
 
 
-def _switches_of(engines: Artifact) -> PluginSwitches:
+def switches_of(engines: Artifact) -> PluginSwitches:
+    """Exactly the plugins that engines have."""
     names = list(Side("", "", engines, None, PluginSwitches()).plugins)
     return parse_plugins(",".join(("off", *(f"@{name}=on" for name in names))))
