@@ -98,8 +98,14 @@ def _compared(
     measuring.notes[:0] = notes
     result = measure(measuring)
     if len(directories) == 1 and (bisect or (bisect is None and not result.passed)):
-        found = find_culprits(measuring, result, told)
-        result = replace(result, bisection=found, notes=tuple(measuring.notes))
+        try:
+            found = find_culprits(measuring, result, told)
+            result = replace(result, bisection=found)
+        except UserError as error:
+            if bisect:
+                raise
+            measuring.notes.append(str(error))
+        result = replace(result, notes=tuple(measuring.notes))
     return result
 
 

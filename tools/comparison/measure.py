@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -76,15 +76,8 @@ class Measuring:
 
     def opener(self, side: Side, reader: TensorReader) -> OpenProgram:
         """What runs graphs as the side's engines do."""
-        return opener_of(side, reader, self.request.work_dir / "programs", self.request.threads)
-
-    def with_first(self, side: Side, *, replay: bool) -> Measuring:
-        """The same with another first side, and without greedy text: what is known of the others is kept."""
-        second = self.sides[1]
-        kept = {name: run for name, run in self._engine_runs.items() if name == second.name}
-        runs = {name: run for name, run in self._runs.items() if name == second.name}
-        request = replace(self.request, prompts=0, replay=replay)
-        return replace(self, sides=(side, second), request=request, notes=[], _engine_runs=kept, _runs=runs)
+        folder, threads = self.request.work_dir / "programs", self.request.threads
+        return opener_of(side.backend, side.switches, reader, folder, threads, side.tactics)
 
     def reference_run(self) -> Run:
         if self._reference_run is None:
