@@ -55,9 +55,9 @@ class Side:
         return self._recorded("plugins")
 
     @property
-    def tactics(self) -> tuple[str, ...]:
-        """Names of the plans of interpreted plugins."""
-        return tuple(dict.fromkeys(self._recorded("tactics").values()))
+    def tactics(self) -> dict[str, str]:
+        """Node → plan, of plugins whose plans are chosen by name: interpreted ones."""
+        return self._recorded("tactics")
 
     def _recorded(self, key: str) -> dict[str, str]:
         found: dict[str, str] = {}
