@@ -79,17 +79,18 @@ def find_culprits(
     judge: Judge,
     known: Sequence[Probe] = (),
     told: Callable[[Probe], None] = lambda probe: None,
+    about_to: Callable[[tuple[str, ...]], None] = lambda names: None,
     most: int = 200,
 ) -> Found:
     """Finds a smallest set of ``nodes`` for which ``judge`` says fail.
 
-    ``known``: probes of an earlier run that are not to be made again, though unresolved ones are. ``told`` gets each new probe.
-    ``most``: how many new probes there may be.
+    ``known``: probes of an earlier run, which are not made again. ``about_to`` gets the names of the nodes of each new probe,
+    ``told`` what came of it. ``most``: how many new probes there may be.
 
     Raises: UserError where all of them do not fail, or none of them does not pass: there is nothing to find, or it is not the
     plugins.
     """
-    probes = _Probes(nodes, judge, known, told, most)
+    probes = _Probes(nodes, judge, known, told, about_to, most)
     if (whole := probes(nodes)) is not Outcome.FAIL:
         raise UserError(f"bisect: with all {len(nodes)} plugins the check says {whole}: there is nothing to find")
     if (bare := probes(())) is not Outcome.PASS:
@@ -125,11 +126,12 @@ class _Probes:
         judge: Judge,
         known: Sequence[Probe],
         told: Callable[[Probe], None],
+        about_to: Callable[[tuple[str, ...]], None],
         most: int,
     ):
-        self._judge, self._told, self._left = judge, told, most
+        self._judge, self._told, self._about_to, self._left = judge, told, about_to, most
         self._order = {node: index for index, node in enumerate(nodes)}
-        self.made = [probe for probe in known if probe.outcome != Outcome.UNRESOLVED]
+        self.made = [*known]
         self._outcomes = {frozenset(probe.plugins): Outcome(probe.outcome) for probe in self.made}
         self.smallest: tuple[PluginNode, ...] = tuple(nodes)
 
@@ -147,6 +149,7 @@ class _Probes:
         if self._left <= 0 and not at_any_cost:
             raise _EnoughError
         self._left -= 1
+        self._about_to(names)
         begin = time.monotonic()
         try:
             found = self._judge(switches_for(chosen))

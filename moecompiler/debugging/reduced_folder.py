@@ -64,17 +64,9 @@ def write_folder(reduced: Reduced, reader: TensorReader, folder: Path, facts: Ma
     """Writes all into ``folder``, which is there and empty. ``facts`` go into ``rewrite.json``; its ``pass`` is what the script
     makes anew."""
     programs = {"before.onnx": reduced.before, "after.onnx": reduced.after}
-    write_dumps(programs, None if reduced.seeded else reader, lambda name: folder / name)
-    _, stored = distinct_weights(programs)
-    for file, program in programs.items():
-        recipes = {
-            name: (recipe if reduced.seeded else _stored(stored[name, recipe], recipe)).to_json()
-            for name, recipe in sorted(program.weights.items())
-        }
-        (folder / file).with_suffix(".weights.json").write_text(json.dumps(recipes))
+    write_programs(programs, None if reduced.seeded else reader, folder)
     for name, arrays in (("inputs", reduced.inputs), ("expected", reduced.expected), ("actual", reduced.actual)):
-        keyed: dict[str, Any] = {_key(each): array for each, array in arrays.items()}
-        np.savez_compressed(folder / f"{name}.npz", **keyed)
+        write_arrays(folder / f"{name}.npz", arrays)
     found = errors(reduced.actual, reduced.expected)
     told = {**facts, "seeded_weights": reduced.seeded, "relative_errors": {k: _number(v) for k, v in found.items()}}
     (folder / "rewrite.json").write_text(json.dumps(told, indent=2) + "\n")
@@ -82,13 +74,37 @@ def write_folder(reduced: Reduced, reader: TensorReader, folder: Path, facts: Ma
     (folder / "README.md").write_text(readme)
 
 
+def write_programs(programs: Mapping[str, Program], reader: TensorReader | None, folder: Path) -> None:
+    """Each program by its file's name, with the recipes of its weights, and these in one file; without a reader, recipes are as
+    they were and there is no such file."""
+    write_dumps(programs, reader, lambda name: folder / name)
+    _, stored = distinct_weights(programs)
+    for file, program in programs.items():
+        recipes = {
+            name: (recipe if reader is None else _stored(stored[name, recipe], recipe)).to_json()
+            for name, recipe in sorted(program.weights.items())
+        }
+        (folder / file).with_suffix(".weights.json").write_text(json.dumps(recipes))
+
+
+def write_arrays(path: Path, arrays: Arrays) -> None:
+    """An ``.npz`` file; slashes in names are ``%2F``."""
+    keyed: dict[str, Any] = {_key(each): array for each, array in arrays.items()}
+    np.savez_compressed(path, **keyed)
+
+
+def read_arrays(path: Path) -> Arrays:
+    """What ``write_arrays`` wrote. Raises: OSError, ValueError where it cannot be read."""
+    with np.load(path, allow_pickle=False) as held:
+        return {_name(key): held[key] for key in held.files}
+
+
 def read_folder(folder: Path) -> tuple[Program, Program, Arrays, WeightCache]:
     """The graphs before and after, their inputs and weights. Raises: UserError where a file is missing or broken."""
     before, after = (load_program(folder / name) for name in ("before.onnx", "after.onnx"))
     try:
         facts = json.loads((folder / "rewrite.json").read_text())
-        with np.load(folder / "inputs.npz", allow_pickle=False) as held:
-            inputs = {_name(key): held[key] for key in held.files}
+        inputs = read_arrays(folder / "inputs.npz")
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: is no folder of `passes reduce`: {error}") from None
     reader: TensorReader = SeededReader() if facts["seeded_weights"] else PackedReader(folder / WEIGHTS)

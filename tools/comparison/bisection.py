@@ -18,7 +18,7 @@ from moecompiler.comparison.ddmin import Outcome
 from moecompiler.comparison.result import Probe
 from moecompiler.errors import UserError
 from moecompiler.graph import load_program
-from moecompiler.plugin_switches import PluginSwitches
+from moecompiler.plugin_switches import Mode, PluginSwitches
 from moecompiler.tools.build import run_build
 from moecompiler.tools.engine_options import MoeWeights
 from moecompiler.tools.flags import EngineFlags, WorkFlags
@@ -31,7 +31,7 @@ CRASHED = "the process ended while it was tried"
 def bisect_plugins(
     engines: Artifact,
     source: Artifact,
-    judge: Callable[[Artifact], Judgement],
+    judge: Callable[[Artifact, PluginSwitches], Judgement],
     check: str,
     work_dir: Path,
     told: Callable[[Probe], None] = lambda probe: None,
@@ -52,10 +52,10 @@ def bisect_plugins(
     probe_dir = work_dir / PROBE
 
     def judged(switches: PluginSwitches) -> Judgement:
-        flags, max_seq_len = flags_of(engines, str(switches))
+        flags, max_seq_len = flags_of(engines, switches)
         with redirect_stderr(io.StringIO()):  # what builds note is no news
             run_build(source, probe_dir, flags, WorkFlags(), max_seq_len)
-        return judge(Artifact.open(probe_dir, ("engine",)))
+        return judge(Artifact.open(probe_dir, ("engine",)), switches)
 
     def heard(probe: Probe) -> None:
         state.add(probe)
@@ -74,16 +74,22 @@ def nodes_of(engines: Artifact, source: Artifact) -> tuple[PluginNode, ...]:
     return plugin_nodes((load_program(source.path(f"rank{rank}.onnx")) for rank in ranks), chosen)
 
 
-def flags_of(engines: Artifact, plugins: str) -> tuple[EngineFlags, int]:
+def flags_of(engines: Artifact, switches: PluginSwitches) -> tuple[EngineFlags, int]:
     """What engines were built with, but for the plugins; and their ``--max_seq_len``."""
     limits, record = engines.header["limits"], engines.rank_info(0).get("engine", {})
+    tactics = {
+        tactic
+        for node, tactic in record.get("tactics", {}).items()
+        if switches.mode(record["plugins"][node], node) is Mode.ON
+    }
     flags = EngineFlags(
         backend=engines.header["backend"],
         max_batch_size=limits["max_batch_size"],
         max_input_len=limits["max_input_len"],
         max_num_tokens=limits["max_num_tokens"],
-        plugins=plugins,
+        plugins=str(switches),
         moe_weights=MoeWeights.external if record.get("bound") else MoeWeights.auto,
+        plugin_tactics=",".join(sorted(tactics)),
     )
     return flags, limits["max_seq_len"]
 

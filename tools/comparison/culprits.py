@@ -28,8 +28,8 @@ _JUDGED = ("model", "layer", "routing")  # of the levels that failed, the first 
 _GREEDY = "margin where greedy texts part"
 
 
-def bisect_comparison(measuring: Measuring, result: Result, folder: Path, told: Callable[[str], None]) -> Bisection:
-    """The smallest set of plugins for which ``result`` fails, and each of them reduced, in ``folder``.
+def find_culprits(measuring: Measuring, result: Result, told: Callable[[str], None]) -> Bisection:
+    """The smallest set of plugins for which ``result`` fails, and each of them reduced, in ``reduce`` of the work directory.
 
     What failed at the op level alone is known already: nodes are compared by themselves there. Else each probe is a real engine,
     measured as ``measuring`` did and judged by the same bounds at the level that failed.
@@ -48,8 +48,8 @@ def bisect_comparison(measuring: Measuring, result: Result, folder: Path, told: 
         found = _search(measuring, level, names, check, told)
         culprits, probes = tuple(node.name for node in found.culprits), found.probes
         measuring.notes += _notes(found)
-    where = folder if _reduced(measuring, culprits, folder, told) else None
-    return Bisection(check, culprits, probes, "" if where is None else str(where))
+    folder = measuring.request.work_dir / "reduce"
+    return Bisection(check, culprits, probes, str(folder) if _reduced(measuring, culprits, folder, told) else "")
 
 
 def _of_ops(result: Result) -> tuple[str, ...]:
@@ -140,9 +140,18 @@ def _reduced(measuring: Measuring, culprits: tuple[str, ...], folder: Path, told
             measuring.scenario.steps(),
             first.backend,
             folder,
+            _tactics(first),
             measuring.request.threads,
         )
     except UserError as error:
         measuring.notes.append(f"the culprits are known, but not reduced to folders: {error}")
         return False
     return True
+
+
+def _tactics(side: Side) -> dict[str, str]:
+    """Node → plan, of plugins whose plans are chosen by name."""
+    found: dict[str, str] = {}
+    for rank in range(side.engines.world_size):
+        found |= side.engines.rank_info(rank).get("engine", {}).get("tactics", {})
+    return found

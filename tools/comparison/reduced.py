@@ -9,6 +9,8 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from collections.abc import Mapping as TypingMapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from moecompiler.comparison.exact import Exact
 from moecompiler.comparison.nodes import OpNode, as_the_op_says, family_of, weights_of
 from moecompiler.comparison.op_level import Programs, attributes_of
 from moecompiler.comparison.reduce_node import Tried, try_node, worst_of
-from moecompiler.comparison.reduced_node_folder import figures, read_node_folder, write_node_folder
+from moecompiler.comparison.reduced_node_folder import FACTS, figures, read_node_folder, write_node_folder
 from moecompiler.comparison.step_inputs import StepInputs, inputs_of_steps
 from moecompiler.debugging.reduce import LARGEST_WEIGHTS
 from moecompiler.debugging.seeded import SeededReader
@@ -33,8 +35,6 @@ from moecompiler.validation.place import Arrays
 from moecompiler.validation.scenario import Step
 from moecompiler.weights import TensorReader
 
-MakePrograms = Callable[[TensorReader], Programs]
-
 
 def write_reduced(
     names: Sequence[str],
@@ -44,27 +44,29 @@ def write_reduced(
     steps: Sequence[Step],
     backend: str,
     folder: Path,
-    make: MakePrograms | None = None,
+    tactics: TypingMapping[str, str],
+    threads: int = 0,
 ) -> list[Tried]:
     """A folder below ``folder`` for each node of ``names``, whole or not at all: the node on the inputs of that of ``steps``,
     or if none shows it, on those harder ones, where the plugin is furthest off. ``make``: the node's programs (default: the
     backend's).
 
-    Raises: UserError where a folder is there already or cannot be written, or a node cannot be run alone.
+    Raises: UserError where a folder is somebody else's or cannot be written, or a node cannot be run alone.
     """
-    make = make or (lambda source: node_programs(backend, source))
+
     found = []
     for name in names:
-        taken = inputs_of_steps(programs, mapping, reader, steps, name)
+        taken, tactic = inputs_of_steps(programs, mapping, reader, steps, name), tactics.get(name, "")
+        make = partial(node_programs, backend, tactic=tactic, threads=threads)
         tried, source = reduce_node(taken, steps, make, reader)
-        facts = {"backend": backend, "rank": taken.rank}
+        facts = {"backend": backend, "rank": taken.rank, "tactic": tactic}
         _write(tried, source, facts, folder / re.sub(r"[^\w.-]+", "-", name))
         found.append(tried)
     return found
 
 
 def reduce_node(
-    taken: StepInputs, steps: Sequence[Step], make: MakePrograms, reader: TensorReader
+    taken: StepInputs, steps: Sequence[Step], make: Callable[[TensorReader], Programs], reader: TensorReader
 ) -> tuple[Tried, TensorReader | None]:
     """The inputs on which a node is furthest off, and what reads its weights: None where they are too large to be handed on,
     and are random ones of a seed instead."""
@@ -108,12 +110,13 @@ def _cases(node: OpNode, real: Arrays, lengths: np.ndarray, tensors: Materialize
 
 
 def _write(tried: Tried, reader: TensorReader | None, facts: dict[str, Any], folder: Path) -> None:
-    if folder.exists():
-        raise UserError(f"{folder}: is there already; give a new folder")
+    if folder.exists() and not (folder / FACTS).is_file():
+        raise UserError(f"{folder}: is there already, and no folder of a reduced plugin")
     temporary = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
     try:
         temporary.mkdir(parents=True)
         write_node_folder(tried, reader, facts, temporary)
+        shutil.rmtree(folder, ignore_errors=True)
         os.rename(temporary, folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
@@ -121,7 +124,7 @@ def _write(tried: Tried, reader: TensorReader | None, facts: dict[str, Any], fol
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def main(folder: Path, arguments: Sequence[str], make: MakePrograms | None = None) -> int:
+def main(folder: Path, arguments: Sequence[str]) -> int:
     """What a folder's ``repro.py`` does: 1 where the plugin is further from the truth than the body, 0 where it is not, 2 where
     that cannot be told."""
     parser = argparse.ArgumentParser(
@@ -133,7 +136,8 @@ def main(folder: Path, arguments: Sequence[str], make: MakePrograms | None = Non
     options = parser.parse_args(arguments)
     try:
         node, inputs, reader, facts = read_node_folder(folder)
-        programs = make(reader) if make else node_programs(options.backend or facts["backend"], reader)
+        backend = options.backend or facts["backend"]
+        programs = node_programs(backend, reader, facts["tactic"] if backend == facts["backend"] else "")
         (tried,) = try_node(node, [(facts["inputs"], inputs)], programs, Materializer(reader))
     except UserError as error:
         print(complaint(str(error)), file=sys.stderr)

@@ -36,17 +36,14 @@ class EngineRunner(BaseRunner):
         self._path = Path(path)
 
     def activate_impl(self) -> None:
-        found = re.fullmatch(r"rank(\d+)", self._path.stem)
-        if found is None:
-            G_LOGGER.critical(f"{self._path}: is no engine of moecompiler's (rankN.onnx or rankN.plan)")
-        rank = int(found[1])
         try:
+            rank = rank_of(self._path)
             artifact = Artifact.open(self._path.parent, ("engine",))
             artifact.check([rank])
             self._engine: Engine = open_engine(artifact, open_backend(artifact.header["backend"]), rank, threads=0)
             graph = load_program(artifact.path(f"rank{rank}.onnx")).model.graph
         except UserError as error:
-            G_LOGGER.critical(str(error))
+            G_LOGGER.critical(str(error))  # which raises
         self._shapes = {
             value.name: tuple(dim.dim_value or dim.dim_param for dim in value.type.tensor_type.shape.dim)
             for value in graph.input
@@ -74,3 +71,11 @@ class EngineRunner(BaseRunner):
             self._inner.deactivate()
         with closing(self._engine.stage):
             del self._engine, self._inner
+
+
+def rank_of(path: Path) -> int:
+    """Raises: UserError where it is no engine's file."""
+    found = re.fullmatch(r"rank(\d+)", path.stem)
+    if found is None:
+        raise UserError(f"{path}: is no engine of moecompiler's (rankN.onnx or rankN.plan)")
+    return int(found[1])
