@@ -38,6 +38,11 @@ class FewTile:
     warps: int = 2
     parts: int = 1
 
+    @property
+    def multiplied(self) -> int:
+        """Tokens that a product has room for."""
+        return max(8, self.tokens)
+
 
 @dataclass(frozen=True)
 class ManyTile:
@@ -122,13 +127,13 @@ class QuantizedKernels:
             "L_BLOCK": self.shared.local_block,
             "TOP_K": sizes.top_k,
             "K_BLOCK": power_of_two(sizes.top_k),
-            "M": tile.tokens,
+            "M": tile.multiplied,
             "N": tile.rows,
         }
         up_types = "x:V codes:C scales:S extra:E input_scales:T inner_scales:T chosen:I inner:V tokens:i32"
         down_types = "inner:V codes:C scales:S extra:E inner_scales:T chosen:I results:F tokens:i32"
         up, down = constants | self._product(tile.columns), constants | self._product(tile.columns)
-        stages = [self._stages(tile, tile.tokens, products * tile.rows) for products in (2, 1)]
+        stages = [self._stages(tile, tile.multiplied, products * tile.rows) for products in (2, 1)]
         up_kernel = self._kernel("few_kernels", "few_up", self._for_scales(up_types), up, tile.warps, stages[0])
         down["PARTS"] = tile.parts
         down_kernel = self._kernel("few_kernels", "few_down", self._for_scales(down_types), down, tile.warps, stages[1])

@@ -218,8 +218,17 @@ def tactics(op: str, attributes: Mapping[str, Any], dims: Dims, dtype: str, sm: 
     if grouped:
         # TensorRT times tactics with ids of experts that are all the same, where little of the work is done: those that were
         # slower with real ones are not offered, and what differs is for one token only
-        few = (eight, sixteen) if node.codes == "int4" else (thin,)
-        found = {name: (one, *few, *grouped) for name, one in zip(("narrow", "wide"), ones, strict=True)}
+        few: tuple[Way, ...] = (thin,)
+        first: tuple[Way, ...] = ones
+        if node.codes == "int4" and not node.form.asymmetric:
+            first = (
+                FewTile(1, 64, columns, 3, 4, _parts(node, 64, 6)),
+                FewTile(1, 16, 2 * columns, 3, 1, _parts(node, 16, 15)),
+            )
+            few = (eight, replace(sixteen, columns=2 * columns, stages=3, parts=min(2, parts)))
+        elif node.codes == "int4":
+            few = (eight, sixteen)
+        found = {name: (one, *few, *grouped) for name, one in zip(("narrow", "wide"), first, strict=True)}
     else:
         more = (FewTile(32, rows=64, columns=128, warps=4), FewTile(64, rows=64, columns=128, warps=4))
         many = (ManyTile(1024, 64), ManyTile(0, 128, 64, 64, 3, 8))
@@ -240,8 +249,8 @@ def _grouped(node: QuantizedNode) -> tuple[Grouped, ...]:
     return (Grouped(grouped_codes.GroupedCodes(node, processors)),) if grouped_codes.moe_fits(node) else ()
 
 
-def _parts(node: QuantizedNode, rows: int) -> int:
-    """How many programs share a sum of the down product, so that one token's programs are four times the multiprocessors."""
+def _parts(node: QuantizedNode, rows: int, each: int = 4) -> int:
+    """How many programs share a sum of the down product, so that one token's programs are ``each`` times the multiprocessors."""
     programs = -(-node.sizes.hidden // rows) * node.sizes.top_k
-    wanted = -(-4 * multiprocessors(node.sm) // programs)
+    wanted = -(-each * multiprocessors(node.sm) // programs)
     return max(1, min(8, wanted, node.sizes.intermediate // 1024))
