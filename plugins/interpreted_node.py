@@ -39,7 +39,7 @@ def run_node(text: str, file: str, arrays: Sequence[np.ndarray]) -> list[np.ndar
     workspace.fill(_UNKNOWN)
     addresses = [weights[i] if each is None else each.ctypes.data for i, each in enumerate(held)]
     run(tactic, tactic.launches(dims), addresses, [each.ctypes.data for each in outputs], workspace.ctypes.data)
-    return [call.told(i, each) for i, each in enumerate(outputs)]
+    return [each.astype(np.float32) for each in outputs]
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,6 @@ class _Call:
                 source.view(np.uint8).fill(_UNWRITTEN)
             found.append(source)
         return found
-
-    def told(self, index: int, array: np.ndarray) -> np.ndarray:
-        """An output as it is returned."""
-        return array.astype(np.float32) if self.op.spec.outputs[index].type == "T" else array
 
     def tactic(self, dims: Dims) -> Tactic:
         """Raises: UserError where this version has no plan of that name."""

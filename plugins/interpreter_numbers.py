@@ -1,8 +1,8 @@
 """What Triton's interpreter (3.7) lacks, added in the process that interprets.
 
-- bfloat16: it keeps one as the bits of an unsigned integer and then multiplies and adds these as integers, and where it rounds to
-  one, a carry out of the mantissa is lost. Here such arrays are of ml_dtypes' type, whose arithmetic numpy knows, rounded to the
-  nearest even as on the GPU.
+- bfloat16: it keeps one as the bits of an unsigned integer and then multiplies and adds these as integers; where it rounds to one,
+  a carry out of the mantissa is lost; and it has no constants of the type. Here such arrays are of ml_dtypes' type, whose
+  arithmetic numpy knows, rounded to the nearest even as on the GPU.
 - Speed: it replaces the functions of ``triton.language`` again whenever a kernel calls a function.
 - On a GPU, overflow and undefined operations give infinity and NaN without a word.
 
@@ -64,7 +64,10 @@ def _mend_bfloat16() -> None:
 
         return impl
 
-    interpreter._get_np_dtype = numpy_dtype
+    def constant(self: Any, value: float) -> Any:
+        return interpreter.TensorHandle(np.array([value], _BFLOAT16), tl.bfloat16)
+
+    interpreter._get_np_dtype, builder.get_bf16 = numpy_dtype, constant
     builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
     builder.cast_impl, builder.create_fp_to_fp = between(cast), between(convert)
 

@@ -70,7 +70,7 @@ class PluginLibrary(Protocol):
 
     def interpret(self, node: str, file: str, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Runs the plan of an ``InterpretedNode``, given as text, on the CPU; ``file``: that of its weights. ``arrays``: its
-        other inputs; floats, the results' too, are float32, whatever the node's own type.
+        other inputs. They and the results are float32, whatever the node's types: it rounds to these.
 
         Raises: UserError where a kernel fails.
         """

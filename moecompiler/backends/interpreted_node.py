@@ -25,7 +25,7 @@ class FileWeight:
 @dataclass(frozen=True)
 class InterpretedNode:
     """``dtype``: of the node's own floating-point type, in which its kernels compute; ``tactic``: which of the op's plans.
-    ``weights``: by input, those that come from the file; the others come with each call, in order, floats as float32."""
+    ``weights``: by input, those that come from the file; the others come with each call, in order."""
 
     name: str
     op: str

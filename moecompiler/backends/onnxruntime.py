@@ -159,13 +159,13 @@ def open_model(
     """Loads a lowered model, a file's path or a file's bytes, with our operators; ``plugins``: those of its nodes that
     ``interpret`` runs."""
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    options.log_severity_level = 4 if plugins else 3  # where a plugin fails, what comes of it is no news
     # weights of 8 bits: its default multiplies by activations that it rounds to 8 bits too; this is float32
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if plugins and interpret is None:
         raise ValueError("the model has plugins, and nothing to interpret them with")
     with _ONE_AT_A_TIME:
-        options.register_custom_ops_library(library(node.op_type for node in plugins))
+        options.register_custom_ops_library(library(with_plugins=bool(plugins)))
         providers = ["CPUExecutionProvider"]
         if plugins and interpret is not None:
             return InterpretingSession(interpret, model, options, providers=providers)

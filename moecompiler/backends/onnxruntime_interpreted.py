@@ -12,26 +12,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
 from moecompiler.backends.base import PluginLibrary
 from moecompiler.backends.interpreted_node import INTERPRETED_SM, FileWeight, InterpretedNode
-from moecompiler.backends.onnxruntime_operators import CUSTOM_OPS_DOMAIN, FILE, NODE, plugin_operator
+from moecompiler.backends.onnxruntime_operators import FILE, NODE, PLUGINS_DOMAIN, plugin_operator
 from moecompiler.backends.tensorrt_program import known_shapes
 from moecompiler.errors import UserError
-from moecompiler.graph import COLLECTIVES, DOMAIN, Program
+from moecompiler.graph import DOMAIN, Program, is_collective
 from moecompiler.plugin_switches import Mode, PluginSwitches
 from moecompiler.weights import FLOATS, Recipe
 
-_KINDS: dict[int, type] = {
-    TensorProto.FLOAT: np.float32,
-    TensorProto.FLOAT16: np.float32,
-    TensorProto.BFLOAT16: np.float32,
-    TensorProto.INT64: np.int64,
-    TensorProto.INT8: np.int8,
-}
+# what ONNX Runtime computes in float32, once the program is lowered
+_WIDE = (TensorProto.FLOAT, TensorProto.BFLOAT16)
 
 
 @dataclass(frozen=True)
@@ -90,7 +84,7 @@ def _choose(
     model: onnx.ModelProto, switches: PluginSwitches, dtype: str, library: PluginLibrary
 ) -> tuple[dict[str, tuple[str, ...]], list[str]]:
     """The nodes that are to be plugins, with the names of their tactics, and notes."""
-    ours = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type not in COLLECTIVES]
+    ours = [node for node in model.graph.node if node.domain == DOMAIN and not is_collective(node)]
     if not ours:
         raise UserError(f"--plugins {switches}: the graph has no fused ops; compile with --pipeline plugins")
     shapes = known_shapes(model)
@@ -126,7 +120,7 @@ def _operator(
     tactic: str,
     weights_file: str,
 ) -> list[NodeProto]:
-    """The node's operator, and casts around it where the graph has float16."""
+    """The node's operator, and casts around it: it takes and gives float32."""
     from_file: dict[int, FileWeight] = {}
     before: list[NodeProto] = []
     after: list[NodeProto] = []
@@ -136,7 +130,7 @@ def _operator(
         recipe = weights.get(name)
         if recipe is not None and _stays_in_file(recipe):
             from_file[index] = FileWeight(name, recipe.dtype, recipe.shape)
-        elif types[name] == TensorProto.FLOAT16:
+        elif types[name] not in _WIDE:
             inputs.append(
                 f"{name}/{node.name}.in_{index}"
             )  # of a router: sessions that count tokens know it by its beginning
@@ -144,18 +138,17 @@ def _operator(
         else:
             inputs.append(name)
     for index, name in enumerate(node.output):
-        half = types[name] == TensorProto.FLOAT16
-        outputs.append(f"{node.name}.out_{index}" if half else name)
-        if half:
-            after.append(_cast(outputs[-1], name, TensorProto.FLOAT16, f"{node.name}.out_{index}"))
-    read = [types[name] for index, name in enumerate(node.input) if index not in from_file]
+        wide = types[name] in _WIDE
+        outputs.append(name if wide else f"{node.name}.out_{index}")
+        if not wide:
+            after.append(_cast(outputs[-1], name, types[name], f"{node.name}.out_{index}"))
     attributes = {each.name: helper.get_attribute_value(each) for each in node.attribute}
     operator = helper.make_node(
-        plugin_operator(node.op_type, map(_KINDS.__getitem__, read), (_KINDS[types[name]] for name in node.output)),
+        plugin_operator(len(inputs), len(outputs)),
         inputs,
         outputs,
         name=node.name,
-        domain=CUSTOM_OPS_DOMAIN,
+        domain=PLUGINS_DOMAIN,
         **{
             NODE: InterpretedNode(node.name, node.op_type, attributes, dtype, tactic, from_file).to_json(),
             FILE: weights_file if from_file else "",
@@ -185,6 +178,6 @@ def _with_nodes(program: Program, nodes: Sequence[NodeProto]) -> onnx.ModelProto
     kept = [TensorProto.FromString(tensor.SerializeToString()) for tensor in kept]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
-    if not any(each.domain == CUSTOM_OPS_DOMAIN for each in model.opset_import):
-        model.opset_import.append(helper.make_opsetid(CUSTOM_OPS_DOMAIN, 1))
+    if not any(each.domain == PLUGINS_DOMAIN for each in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(PLUGINS_DOMAIN, 1))
     return model

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from moecompiler.backends.fused_collectives import inline_fused_collectives
 from moecompiler.backends.onnxruntime_operators import CUSTOM_OPS_DOMAIN
 from moecompiler.graph import Program, is_collective
 from moecompiler.weights import NUMPY_DTYPES, Recipe
@@ -16,8 +17,7 @@ from moecompiler.weights import NUMPY_DTYPES, Recipe
 def lower(program: Program) -> Program:
     """Collectives become onnxruntime-extensions' Python ops; bfloat16 is computed in float32, from bfloat16 weights (ONNX
     Runtime's CPU provider has hardly any bfloat16 kernel), and float16 stays."""
-    model = onnx.ModelProto()
-    model.CopyFrom(program.model)
+    model = inline_fused_collectives(program.model)
     _inline_literals(model, program.weights)
     _compute_bfloat16_as_float32(model)
     _call_python_for_collectives(model)
@@ -86,8 +86,7 @@ def _call_python_for_collectives(model: onnx.ModelProto) -> None:
         )
         if half:
             nodes.append(helper.make_node("Cast", [inner_y], [y], name=f"{node.name}.out", to=TensorProto.FLOAT16))
-    declared = {each.domain for each in model.opset_import}
-    if CUSTOM_OPS_DOMAIN not in declared and any(node.domain == CUSTOM_OPS_DOMAIN for node in nodes):
+    if any(node.domain == CUSTOM_OPS_DOMAIN for node in nodes):
         model.opset_import.append(helper.make_opsetid(CUSTOM_OPS_DOMAIN, 1))
     _set_nodes(model, nodes)
 

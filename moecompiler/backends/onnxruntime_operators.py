@@ -1,6 +1,6 @@
 """The Python operators of engines of ONNX Runtime: collectives, and plugins whose kernels are interpreted.
 
-onnxruntime-extensions knows neither float16 nor bfloat16 in Python operators: floats come and go as float32. An exception would
+onnxruntime-extensions knows neither float16 nor bfloat16 in Python operators: numbers come and go as float32. An exception would
 end the process: what a plugin's operator raises is kept until ONNX Runtime returns.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,26 +22,32 @@ import onnxruntime
 from moecompiler.runtime.communicator import current_communicator
 
 CUSTOM_OPS_DOMAIN = "ai.onnx.contrib"
-PLUGIN = "Plugin_"
-"""In the names of plugins' operators, before the types of their inputs and outputs."""
+PLUGINS_DOMAIN = "moecompiler.interpreted"
+"""Of plugins' operators. onnxruntime-extensions keeps a domain's operators in one array, to which sessions point: all of a domain
+must be there before its first session is."""
 NODE, FILE = "node", "file"
 """Attributes of a plugin's operator: ``InterpretedNode`` as text, and the file of its weights."""
 
 Interpret = Callable[[str, str, Sequence[np.ndarray]], list[np.ndarray]]
 """See ``base.PluginLibrary.interpret``."""
 
-_TYPES: dict[str, type] = {"f": np.float32, "l": np.int64, "b": np.int8}
+_MOST_INPUTS, _MOST_OUTPUTS = 16, 4
 
 
-def plugin_operator(op: str, inputs: Iterable[type], outputs: Iterable[type]) -> str:
-    """The name of an op's operator: numpy types of its inputs and outputs, all of ``float32``, ``int64`` or ``int8``."""
-    letters = {kind: letter for letter, kind in _TYPES.items()}
-    return f"{op}{PLUGIN}{''.join(map(letters.__getitem__, inputs))}_{''.join(map(letters.__getitem__, outputs))}"
+def plugin_operator(inputs: int, outputs: int) -> str:
+    """The name of the operator that takes and gives so many tensors, all of them float32, in which every code, position and id
+    is exact.
+
+    Raises: ValueError where there is none with so many.
+    """
+    if inputs > _MOST_INPUTS or outputs > _MOST_OUTPUTS:
+        raise ValueError(f"a plugin has {inputs} inputs and {outputs} outputs")
+    return f"Plugin_{inputs}_{outputs}"
 
 
 def is_plugin(node: onnx.NodeProto) -> bool:
     """Whether a node of an engine file is a plugin's operator."""
-    return node.domain == CUSTOM_OPS_DOMAIN and PLUGIN in node.op_type
+    return bool(node.domain == PLUGINS_DOMAIN)
 
 
 def plugin_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
@@ -102,12 +108,12 @@ class InterpretingSession(onnxruntime.InferenceSession):
             raise run.failure
 
 
-def library(operators: Iterable[str]) -> str:
-    """Registers collectives and these operators of plugins, each once per process, as onnxruntime-extensions wants it; returns
-    its library's path."""
+def library(*, with_plugins: bool) -> str:
+    """Registers collectives and, if wanted, plugins, once per process, as onnxruntime-extensions wants it; returns its library's
+    path."""
     path = _collectives()
-    for name in operators:
-        _plugin(name)
+    if with_plugins:
+        _plugins()
     return path
 
 
@@ -134,28 +140,30 @@ def _collectives() -> str:
 
 
 @functools.cache
-def _plugin(name: str) -> None:
+def _plugins() -> None:
+    for inputs in range(1, _MOST_INPUTS + 1):
+        for outputs in range(1, _MOST_OUTPUTS + 1):
+            _plugin(inputs, outputs)
+
+
+def _plugin(inputs: int, outputs: int) -> None:
     from onnxruntime_extensions import PyCustomOpDef, onnx_op
 
-    codes = {"f": PyCustomOpDef.dt_float, "l": PyCustomOpDef.dt_int64, "b": PyCustomOpDef.dt_int8}
-    inputs, outputs = name.rpartition(PLUGIN)[2].split("_")
-    text = PyCustomOpDef.dt_string
-
     @onnx_op(
-        op_type=name,
-        inputs=[codes[letter] for letter in inputs],
-        outputs=[codes[letter] for letter in outputs],
-        attrs={NODE: text, FILE: text},
+        op_type=f"{PLUGINS_DOMAIN}::{plugin_operator(inputs, outputs)}",
+        inputs=[PyCustomOpDef.dt_float] * inputs,
+        outputs=[PyCustomOpDef.dt_float] * outputs,
+        attrs={NODE: PyCustomOpDef.dt_string, FILE: PyCustomOpDef.dt_string},
     )
     def plugin(*arrays: np.ndarray, node: str, file: str) -> np.ndarray | tuple[np.ndarray, ...]:
         run = _RUN.get()
-        results: list[np.ndarray] = [np.zeros(0, _TYPES[letter]) for letter in outputs]
+        results = [np.zeros(0, np.float32)] * outputs
         if run is not None and run.failure is None:
             try:
                 results = run.interpret(node, file, arrays)
             except BaseException as failure:
                 run.failure = failure
-        return tuple(results) if len(results) > 1 else results[0]
+        return tuple(results) if outputs > 1 else results[0]
 
 
 @contextmanager
