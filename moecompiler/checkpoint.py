@@ -22,7 +22,7 @@ from moecompiler.config import DTYPES, ModelConfig
 from moecompiler.errors import UserError
 from moecompiler.published_checkpoint import QuantizedCheckpoint, take_quantized
 from moecompiler.quantization.published_config import MODELOPT_FILE, load_published_config
-from moecompiler.safetensors_file import StoredTensor, map_tensor, read_ahead, read_header
+from moecompiler.safetensors_file import StoredTensor, map_tensor, numpy_dtype, read_ahead, read_header, read_into
 from moecompiler.weights import Shape, TensorReader
 
 FINITE_CHUNK = 1 << 22  # elements looked at together for NaN and infinity
@@ -99,6 +99,12 @@ class HFCheckpoint:
         check_box(name, stored.shape, start, shape)
         read_ahead(stored, start, shape)
         return map_tensor(stored)[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))]
+
+    def read_into(self, name: str, start: Shape, shape: Shape, out: np.ndarray) -> bool:
+        """See ``weights.IntoReader``. Raises: as ``read``."""
+        stored = self.tensors[name]
+        check_box(name, stored.shape, start, shape)
+        return out.dtype == numpy_dtype(stored.dtype) and read_into(stored, start, shape, out)
 
     def identity(self) -> dict[str, Any]:
         return self.stamp

@@ -29,20 +29,26 @@ PACKED = "packed"  # of a rank's information: where the file is, from the artifa
 
 
 def write_packed(
-    path: Path, weights: Mapping[str, Recipe], reader: TensorReader, progress: Callable[[float], None]
-) -> Staged:
-    """Writes the weights of one rank to ``path``, a temporary name; one is in memory at a time.
+    parts: Mapping[int, tuple[Path, Mapping[str, Recipe]]], reader: TensorReader, progress: Callable[[float], None]
+) -> dict[int, Staged]:
+    """Writes the weights of ranks to their paths, temporary names, side by side: of ranks that share tensors, each page of these
+    is read once. Two bands are in memory at a time.
 
-    Raises: UserError where the file cannot be written, or a weight does not fit its dtype.
+    Raises: UserError where a file cannot be written, or a weight does not fit its dtype.
     """
+    path = Path()
     try:
-        (digest,) = pack([(path, weights)], reader, progress)
-        sync(path)
+        digests = pack(list(parts.values()), reader, progress, side_by_side=True)
+        for path, _ in parts.values():
+            sync(path)
     except OverflowError as error:
         raise UserError(str(error)) from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
-    return Staged(path, FileRecord(path.stat().st_size, digest))
+        raise UserError(f"{error.filename or path}: cannot be written: {error.strerror or error}") from None
+    return {
+        rank: Staged(path, FileRecord(path.stat().st_size, digest))
+        for (rank, (path, _)), digest in zip(parts.items(), digests, strict=True)
+    }
 
 
 def packed_info(file: str, record: FileRecord) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Safetensors files, read and written by offset.
+"""Safetensors files by offset: read, and laid out for ``safetensors_writing``.
 
 An ONNX initializer names a file and an offset into it, and a rank's weights are too large to hold at once; the
 ``safetensors`` package tells no offsets and writes only what is in memory. The format: 8 bytes, little-endian, the length
@@ -8,12 +8,10 @@ the data, without holes (https://github.com/huggingface/safetensors#format).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +26,7 @@ from moecompiler.weights import NUMPY_DTYPES, Shape
 MAX_HEADER = 100_000_000  # as in the format's own reader: no model needs more, and a broken length field asks for more
 PAGE = 4096  # where data starts in the files written here, so that it can be mapped by itself
 ALIGNMENT = 64  # what vector loads of a weight like best
-CHUNK = 16 << 20  # bytes hashed and written at a time
+_LONG = 64 << 10  # bytes from which on a run is read faster by itself than mapped and touched
 _SPARSE = 16  # a box of less than this part of the bytes between its ends is read where it is touched alone
 
 # the format's name of a dtype → ours (numpy's or ml_dtypes') and its size in bits
@@ -202,6 +200,40 @@ def read_ahead(stored: StoredTensor, start: Shape, shape: Shape) -> None:
         os.posix_fadvise(file.fileno(), at, count, os.POSIX_FADV_WILLNEED)
 
 
+def read_into(stored: StoredTensor, start: Shape, shape: Shape, out: np.ndarray) -> bool:
+    """Reads the box of ``shape`` at ``start`` into ``out``, a C-contiguous array of that shape and of the stored dtype. Memory
+    that is mapped, or new, costs the system work by the page; this takes neither. False, and nothing is read, where the box is
+    of short runs of bytes.
+
+    Raises: UserError where the file is gone or has become too short.
+    """
+    whole = next((a for a in range(len(shape)) if shape[a:] == stored.shape[a:]), len(shape))
+    split = max(0, whole - 1)  # from this axis on the box is one run
+    run = math.prod(shape[split:]) * out.itemsize
+    if run < _LONG or not hasattr(os, "preadv"):
+        return False
+    strides = [math.prod(stored.shape[axis + 1 :]) * out.itemsize for axis in range(len(shape))]
+    data = memoryview(out.reshape(-1).view(np.uint8))
+    try:
+        with stored.file.open("rb", buffering=0) as file:
+            for index, outer in enumerate(np.ndindex(*shape[:split])):
+                place = (*(a + i for a, i in zip(start, outer, strict=False)), *start[split:])
+                at = stored.offset + sum(a * stride for a, stride in zip(place, strides, strict=True))
+                _read_run(file.fileno(), data[index * run : (index + 1) * run], at)
+    except (OSError, EOFError) as error:
+        raise UserError(f"{stored.file}: {stored.name} cannot be read from it any more: {error}") from None
+    return True
+
+
+def _read_run(descriptor: int, data: memoryview, at: int) -> None:
+    done = 0
+    while done < len(data):
+        count = os.preadv(descriptor, [data[done:]], at + done)
+        if count == 0:
+            raise EOFError(f"it ends at byte {at + done}")
+        done += count
+
+
 def layout(
     tensors: Mapping[str, tuple[str, Shape]], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, dict[str, int], int]:
@@ -234,64 +266,3 @@ def layout(
     text += b" " * (-(8 + len(text)) % PAGE)
     start = 8 + len(text)
     return len(text).to_bytes(8, "little") + text, {name: start + begin for name, begin in begins.items()}, start + at
-
-
-def write(
-    path: Path,
-    tensors: Mapping[str, tuple[str, Shape]],
-    produce: Callable[[str], np.ndarray | Iterable[np.ndarray]],
-    progress: Callable[[int], None] | None = None,
-    metadata: Mapping[str, str] | None = None,
-) -> str:
-    """Writes the file, asking ``produce(name)`` for one tensor at a time, and returns its SHA-256 in hex. A tensor may come in
-    bands of its first axis, of which the next is made while one is written.
-
-    ``progress`` is called with the number of bytes just written. ``path`` is overwritten in place: give a temporary name.
-    Raises: UserError where the file cannot be written; ValueError where ``produce`` gives another dtype or shape.
-    """
-    header, offsets, _ = layout(tensors, metadata)
-    digest = hashlib.sha256()
-
-    def checked(name: str) -> Iterator[memoryview]:
-        made, (dtype, shape) = produce(name), tensors[name]
-        rows = 0
-        for array in (made,) if isinstance(made, np.ndarray) else made:
-            fits = array.shape == tuple(shape) if array is made else array.shape[1:] == tuple(shape[1:])
-            if array.dtype != numpy_dtype(dtype) or not fits:
-                raise ValueError(f"{name}: produced {array.dtype} {array.shape} for {dtype} {shape}")
-            rows += len(array) if shape else 1
-            yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-        if rows != (shape[0] if shape else 1):
-            raise ValueError(f"{name}: produced {rows} rows for {dtype} {shape}")
-
-    def put(data: memoryview) -> None:
-        at = 0
-        while at < len(data):
-            chunk = data[at : at + CHUNK]
-            hashed = hashing.submit(digest.update, chunk)  # meanwhile: either alone takes as long as a disk does
-            done = 0
-            try:
-                while done < len(chunk):
-                    done += file.write(chunk[done:])  # unbuffered, so that a full disk is met here
-            except OSError as error:
-                raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
-            finally:
-                hashed.result()
-            at += done
-            if progress is not None:
-                progress(done)
-
-    try:
-        file = path.open("wb", buffering=0)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
-    with file, ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as making:
-        put(memoryview(header))
-        for name in offsets:
-            bands = checked(name)
-            upcoming = making.submit(next, bands, None)
-            while (band := upcoming.result()) is not None:
-                upcoming = making.submit(next, bands, None)
-                put(band)
-            del band  # a tensor is freed before the next is made
-    return digest.hexdigest()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from math import prod
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -39,6 +39,15 @@ class TensorReader(Protocol):
 
     def read(self, name: str, start: Shape, shape: Shape) -> np.ndarray:
         """The box of ``shape`` at ``start`` of tensor ``name``, in its stored dtype; nothing else is read."""
+
+
+@runtime_checkable
+class IntoReader(TensorReader, Protocol):
+    """Where boxes can be read to where they are wanted."""
+
+    def read_into(self, name: str, start: Shape, shape: Shape, out: np.ndarray) -> bool:
+        """As ``read``, into ``out``, C-contiguous; False, and nothing is read, where it is of another dtype than the tensor, or
+        ``read`` is as good."""
 
 
 @dataclass(frozen=True)
@@ -177,8 +186,9 @@ def joined(recipes: Sequence[Recipe], axis: int) -> Recipe:
     return Recipe(first.dtype, (*first.shape[:axis], at, *first.shape[axis + 1 :]), tuple(pieces))
 
 
-def materialize(recipe: Recipe, reader: TensorReader) -> np.ndarray:
-    """The tensor itself, a new C-contiguous array of ``recipe.shape`` and dtype. ``materializing`` makes what is quantized too.
+def materialize(recipe: Recipe, reader: TensorReader, out: np.ndarray | None = None) -> np.ndarray:
+    """The tensor itself, C-contiguous and of ``recipe.shape`` and dtype: ``out``, which is such an array, or a new one.
+    ``materializing`` makes what is quantized too.
 
     Raises: OverflowError where a finite weight does not fit the recipe's dtype (a bfloat16 weight beyond float16's 65504).
     """
@@ -188,14 +198,29 @@ def materialize(recipe: Recipe, reader: TensorReader) -> np.ndarray:
     if recipe.quantized is not None:
         raise ValueError("a recipe of boxes or a literal is wanted here")
     covered = sum(prod(p.extent) for p in recipe.pieces)
-    whole = covered == prod(recipe.shape)
-    out = np.empty(recipe.shape, dtype) if whole else np.zeros(recipe.shape, dtype)
+    out = np.empty(recipe.shape, dtype) if out is None else out
+    if covered != prod(recipe.shape):
+        out[...] = np.zeros((), dtype)
     for piece in recipe.pieces:
-        box = reader.read(piece.source, piece.start, piece.shape)
-        box = box.reshape((1,) * (len(piece.at) - len(piece.shape)) + piece.shape).transpose(piece.perm)
         target = out[tuple(slice(a, a + n) for a, n in zip(piece.at, piece.extent, strict=True))]
-        with np.errstate(over="ignore"):
-            target[...] = box
-        if dtype == np.float16 and box.dtype != dtype and not np.isfinite(target).all() and np.isfinite(box).all():
-            raise OverflowError(f"{piece.source}: holds values beyond float16's range; use --dtype bfloat16")
+        if not _read_straight(piece, reader, target):
+            _copy(piece, reader, target)
     return out
+
+
+def _read_straight(piece: Piece, reader: TensorReader, target: np.ndarray) -> bool:
+    """Whether a box was read to where it goes, without a copy of it in between."""
+    as_it_is = piece.perm == tuple(range(len(piece.at))) and target.flags.c_contiguous
+    if not as_it_is or not isinstance(reader, IntoReader):
+        return False
+    return reader.read_into(piece.source, piece.start, piece.shape, target.reshape(piece.shape))
+
+
+def _copy(piece: Piece, reader: TensorReader, target: np.ndarray) -> None:
+    box = reader.read(piece.source, piece.start, piece.shape)
+    box = box.reshape((1,) * (len(piece.at) - len(piece.shape)) + piece.shape).transpose(piece.perm)
+    with np.errstate(over="ignore"):
+        target[...] = box
+    narrower = target.dtype == np.float16 and box.dtype != target.dtype
+    if narrower and not np.isfinite(target).all() and np.isfinite(box).all():
+        raise OverflowError(f"{piece.source}: holds values beyond float16's range; use --dtype bfloat16")

@@ -19,9 +19,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecompiler import safetensors_file
+from moecompiler import safetensors_writing
 from moecompiler.errors import UserError
-from moecompiler.safetensors_file import StoredTensor, layout, map_tensor, numpy_dtype, read_ahead, read_header, write
+from moecompiler.safetensors_file import StoredTensor, layout, map_tensor, numpy_dtype, read_ahead, read_header
+from moecompiler.safetensors_writing import write
 
 TORCH_DTYPES = {
     "float32": torch.float32,
@@ -157,7 +158,7 @@ def test_write_takes_any_strides(tmp_path: Path) -> None:
 
 
 def test_progress_comes_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(safetensors_file, "CHUNK", 1000)
+    monkeypatch.setattr(safetensors_writing, "CHUNK", 1000)
     written: list[int] = []
     array = some_values("float32", (1024,))
     digest = write(tmp_path / "x", {"x": ("float32", (1024,))}, lambda name: array, written.append)

@@ -48,7 +48,7 @@ def export(
 
 def run_export(job: Job, output_dir: Path, work: WorkFlags, pack_weights: bool = False) -> None:
     """Exports what of ``job`` is not in ``output_dir`` yet. A stage's ranks share a graph, so stages are the unit of work; with
-    ``pack_weights`` each rank gets a file of its weights too, rank by rank.
+    ``pack_weights`` each rank gets a file of its weights too, those of a stage side by side.
 
     Raises: UserError where the weights are not to be packed so.
     """
@@ -82,7 +82,24 @@ def run_export(job: Job, output_dir: Path, work: WorkFlags, pack_weights: bool =
         run_ranks(_ExportStage(job, output_dir, labels), list(labels), work.workers, "export", on_result=exported)
         if pack_weights:
             tables = {rank: files[f"rank{rank}.weights.json"] for rank, files in graphs.items()}
-            run_ranks(_PackRank(job, output_dir, tables), missing, work.workers, "pack", on_result=commit)
+            groups = {_label(group): group for group in packing_groups(list(by_stage.values()), work.workers)}
+
+            def packed(label: str, files: dict[int, Staged]) -> None:
+                for rank, staged in files.items():
+                    commit(rank, staged)
+
+            run_ranks(_PackRanks(job, output_dir, tables, groups), list(groups), work.workers, "pack", on_result=packed)
+
+
+def packing_groups(stages: Sequence[Sequence[int]], workers: int) -> list[tuple[int, ...]]:
+    """Ranks that are packed side by side: those of a stage, for they are cut out of the same tensors, in as many parts as leave
+    no worker idle."""
+    parts = -(-workers // max(1, len(stages)))
+    groups = []
+    for ranks in stages:
+        each = -(-len(ranks) // parts)
+        groups += [tuple(ranks[at : at + each]) for at in range(0, len(ranks), each)]
+    return groups
 
 
 def _check_packing(job: Job) -> None:
@@ -133,17 +150,22 @@ class _ExportStage:
 
 
 @dataclass(frozen=True)
-class _PackRank:
-    """The task: one rank's weights in a file of its own. ``tables``: by rank, where the recipes of its weights lie."""
+class _PackRanks:
+    """The task: the weights of each rank of a group in a file of its own. ``tables``: by rank, where the recipes of its weights
+    lie."""
 
     job: Job
     directory: Path
     tables: dict[int, Path]
+    groups: dict[str, tuple[int, ...]]
 
-    def __call__(self, rank: int, progress: ProgressFn) -> Staged:
+    def __call__(self, label: str, progress: ProgressFn) -> dict[int, Staged]:
         from moecompiler.dummy import open_source
         from moecompiler.graph import load_recipes
 
         reader = open_source(self.job.source, self.job.model)
-        path = temporary_path(self.directory / f"rank{rank}.safetensors")
-        return write_packed(path, load_recipes(self.tables[rank]), reader, progress)
+        parts = {
+            rank: (temporary_path(self.directory / f"rank{rank}.safetensors"), load_recipes(self.tables[rank]))
+            for rank in self.groups[label]
+        }
+        return write_packed(parts, reader, progress)

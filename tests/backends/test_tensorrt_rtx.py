@@ -30,7 +30,7 @@ from moecompiler.passes.pipelines import named_pipelines
 from moecompiler.passes.standard_ops import StandardOps
 from moecompiler.pipeline import Pass, run_passes
 from moecompiler.plugin_switches import merge_legacy
-from moecompiler.safetensors_file import write
+from moecompiler.safetensors_writing import write
 from moecompiler.weights import Shape, materialize
 
 pytestmark = pytest.mark.xdist_group("tensorrt-rtx")
