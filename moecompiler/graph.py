@@ -27,6 +27,7 @@ OPSET = 21
 IR_VERSION = 10
 DOMAIN = "moecompiler"
 COLLECTIVES = ("AllReduce", "AllGather")  # ops without a body: every backend has its own
+FUSED_COLLECTIVES = ("AllReduceAddRMSNorm",)  # in whose bodies there is one
 SCOPES = "pkg.torch.onnx.name_scopes"  # where torch's exporter notes the modules a node comes from
 
 ONNX_DTYPES = {
@@ -79,7 +80,12 @@ def output_of(module: str) -> str:
 
 def is_collective(node: onnx.NodeProto) -> bool:
     """Whether ranks exchange something in it."""
-    return node.domain == DOMAIN and node.op_type in COLLECTIVES
+    return node.domain == DOMAIN and exchanges(node.op_type)
+
+
+def exchanges(op: str) -> bool:
+    """Whether ranks exchange something in an op of ours."""
+    return op in COLLECTIVES or op in FUSED_COLLECTIVES
 
 
 def weight_tensor(name: str, recipe: Recipe, location: str = "weights", offset: int = 0) -> TensorProto:

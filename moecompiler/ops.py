@@ -43,9 +43,9 @@ class Value:
 class OpSpec:
     """A fused op.
 
-    ``attributes`` names each attribute and its Python type. ``body`` is the function's text as ``onnx.parser`` reads it,
-    without the signature (``#`` begins a comment); it may refer to attributes as ``@name`` and must not depend on sizes.
-    ``weights`` names the inputs that are weights, which a quantized variant takes with scales.
+    ``attributes`` names each attribute and its Python type (``list``: of integers). ``body`` is the function's text as
+    ``onnx.parser`` reads it, without the signature (``#`` begins a comment); it may refer to attributes as ``@name`` and must not
+    depend on sizes. ``weights`` names the inputs that are weights, which a quantized variant takes with scales.
     """
 
     name: str
@@ -59,8 +59,9 @@ class OpSpec:
         """The op as an ONNX function at opset 21."""
         attributes = f"<{', '.join(self.attributes)}>" if self.attributes else ""
         inputs, outputs = (", ".join(value.name for value in values) for values in (self.inputs, self.outputs))
-        header = f'<opset_import: ["": {OPSET}], domain: "{DOMAIN}">'
         body = re.sub(r"#.*", "", self.body)
+        own = f', "{DOMAIN}": {VERSION}' if f"{DOMAIN}." in body else ""  # ops of ours that it is made of
+        header = f'<opset_import: ["": {OPSET}{own}], domain: "{DOMAIN}">'
         return parser.parse_function(f"{header}\n{self.name} {attributes} ({inputs}) => ({outputs})\n{{{body}}}")
 
     def node(
@@ -108,7 +109,7 @@ def add_function(model: onnx.ModelProto, spec: OpSpec) -> None:
     """Puts the op's function into the file, once, at the file's opset, and declares its domain."""
     if not any(function.name == spec.name and function.domain == DOMAIN for function in model.functions):
         function = spec.function()
-        for imported in function.opset_import:  # a file may not mix opsets
+        for imported in (each for each in function.opset_import if each.domain == ""):  # a file may not mix opsets
             imported.version = next((each.version for each in model.opset_import if each.domain == ""), OPSET)
         model.functions.append(function)
     if not any(opset.domain == DOMAIN for opset in model.opset_import):

@@ -1,7 +1,8 @@
 """Which nodes run as plugins: what ``--plugins`` says, read and asked; no graph is touched here.
 
     on | off | auto              every op                          (``auto``: where the backend has a plugin that fits)
-    moe=off,attention=on         an op: moe, attention, rmsnorm, linear, or an op's own name (AddRMSNorm), upper or lower case
+    moe=off,attention=on         an op: moe, attention, rmsnorm, linear, allreduce, or an op's own name (AddRMSNorm), in upper or
+                                 lower case
     moe@layers.3=off             an op in a layer, or in any module: the words must stand in the node's HF module, in this order
     @layers.3=off                every op there
     @model.layers.3.mlp/MoE=off  one node, by its name
@@ -23,8 +24,9 @@ from moecompiler.graph import module_of
 FAMILIES: dict[str, tuple[str, ...]] = {
     "moe": ("MoE",),
     "attention": ("Attention", "ContextAttention"),
-    "rmsnorm": ("RMSNorm", "AddRMSNorm"),
+    "rmsnorm": ("RMSNorm", "AddRMSNorm", "AllReduceAddRMSNorm"),
     "linear": ("Linear",),
+    "allreduce": ("AllReduce",),
 }
 
 

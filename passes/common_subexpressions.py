@@ -10,7 +10,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
-from moecompiler.graph import COLLECTIVES, DOMAIN, module_of
+from moecompiler.graph import DOMAIN, exchanges, module_of
 from moecompiler.passes.rewiring import NOT_PURE, is_any_of, redirect_readers
 from moecompiler.pipeline import Rewrite
 from moecompiler.weights import Recipe
@@ -63,7 +63,7 @@ def _key(node: gs.Node, weights: dict[str, Recipe]) -> Any:
 
 def _is_mergeable(node: gs.Node) -> bool:
     standard = node.domain in ("", None) and node.op not in NOT_PURE
-    fused = node.domain == DOMAIN and node.op not in COLLECTIVES
+    fused = node.domain == DOMAIN and not exchanges(node.op)
     return (standard or fused) and not any(isinstance(value, gs.Graph) for value in node.attrs.values())
 
 

@@ -6,6 +6,7 @@ from moecompiler.passes.cleanup import CleanUp
 from moecompiler.passes.common_subexpressions import CommonSubexpressions
 from moecompiler.passes.constant_folding import ConstantFolding
 from moecompiler.passes.fuse_add_rms_norm import FuseAddRMSNorm
+from moecompiler.passes.fuse_all_reduce_rms_norm import FuseAllReduceRMSNorm
 from moecompiler.passes.fuse_attention import FuseAttention
 from moecompiler.passes.fuse_batched_moe import FuseBatchedMoE
 from moecompiler.passes.fuse_context_attention import FuseContextAttention
@@ -56,7 +57,7 @@ def named_pipelines(quantization: QuantizationRecipe | None = None) -> dict[str,
         OOTB: (*tidy, *plain),
         PLUGINS: plugins,
         "onnxruntime": standard,
-        "tensorrt": plugins,
+        "tensorrt": (*plugins, FuseAllReduceRMSNorm()),
         "tensorrt-rtx": standard,
     }
 

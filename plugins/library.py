@@ -35,10 +35,11 @@ def plugin_ops() -> dict[str, PluginOp]:
     from moecompiler.plugins.quantized.dequantize import forms
     from moecompiler.plugins.quantized.linear import linear_spec
     from moecompiler.plugins.quantized.moe import quantized_moe_spec
-    from moecompiler.plugins.rmsnorm.op import ADD_RMS_NORM, RMS_NORM
+    from moecompiler.plugins.rmsnorm.op import ADD_RMS_NORM, ALL_REDUCE_ADD_RMS_NORM, RMS_NORM
 
     anyhow = moe_spec(NormalizationMode.RENORMALIZE, 2)  # inputs and attributes are the same in every mode
     ops: tuple[PluginOp, ...] = (PluginOp(RMS_NORM), PluginOp(ADD_RMS_NORM), PluginOp(anyhow))
+    ops += (PluginOp(ALL_REDUCE_ADD_RMS_NORM),)
     ops += tuple(PluginOp(spec, {1: 6, 2: 7}) for spec in (ATTENTION, *ATTENTION_SPECS))  # caches are written in place
     for form in forms():
         if not form.ordered:  # features in another order: only the body can

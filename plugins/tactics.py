@@ -14,7 +14,7 @@ from moecompiler.plugins.quantized import moe_launch as quantized_moe
 from moecompiler.plugins.quantized.moe_node import moe_forms
 from moecompiler.plugins.rmsnorm import launch as rmsnorm
 
-_OPS = {"RMSNorm": rmsnorm, "AddRMSNorm": rmsnorm, "MoE": moe, "Attention": attention}
+_OPS = {"RMSNorm": rmsnorm, "AddRMSNorm": rmsnorm, "AllReduceAddRMSNorm": rmsnorm, "MoE": moe, "Attention": attention}
 _OPS |= dict.fromkeys((spec.name for spec in ATTENTION_SPECS), attention)
 _OPS |= dict.fromkeys(moe_forms(), quantized_moe)
 _OPS |= dict.fromkeys((op.replace("MoE", "Linear") for op in moe_forms()), quantized_linear)

@@ -18,7 +18,7 @@ import numpy as np
 import tensorrt as trt
 
 from moecompiler.errors import UserError
-from moecompiler.graph import COLLECTIVES, DOMAIN
+from moecompiler.graph import COLLECTIVES, DOMAIN, exchanges
 from moecompiler.ops import VERSION, plugin_name
 from moecompiler.plugins.barrier_plugin import BarrierCreator
 from moecompiler.plugins.collective_plugin import CollectiveCreator
@@ -35,6 +35,7 @@ _TYPES = {trt.DataType.HALF: "float16", trt.DataType.BF16: "bfloat16", trt.DataT
 _KEPT = {"int64": trt.DataType.INT64, "float32": trt.DataType.FLOAT}
 _KEPT |= dict.fromkeys(("int8", "int4", "float8_e4m3fn"), trt.DataType.INT8)  # codes come as bytes
 _NUMBERS = {int: (trt.PluginFieldType.INT32, np.int32), float: (trt.PluginFieldType.FLOAT32, np.float32)}
+_NUMBERS |= {list: _NUMBERS[int]}
 _BASES = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime)
 
 
@@ -236,9 +237,15 @@ class Creator(trt.IPluginCreatorV3One):
     def create_plugin(self, name: str, fields: Any, phase: Any) -> FusedOp:
         data = {field.name: np.array(field.data, copy=True) for field in fields}
         if PLAN in data:
-            return FusedOp(self._op, unpack({key: data[key].tobytes() for key in (PLAN, CUBINS)}), self._modules)
-        attributes = {key: kind(data[key].reshape(-1)[0]) for key, kind in self._op.spec.attributes.items()}
-        return FusedOp(self._op, Baked(self._op.spec.name, attributes, (), "", 0, ()), self._modules)
+            return self._made(unpack({key: data[key].tobytes() for key in (PLAN, CUBINS)}), runs=True)
+        attributes = {
+            key: data[key].reshape(-1).tolist() if kind is list else kind(data[key].reshape(-1)[0])
+            for key, kind in self._op.spec.attributes.items()
+        }
+        return self._made(Baked(self._op.spec.name, attributes, (), "", 0, ()), runs=False)
+
+    def _made(self, baked: Baked, runs: bool) -> FusedOp:
+        return FusedOp(self._op, baked, self._modules)
 
 
 def register(ops: Mapping[str, PluginOp]) -> None:
@@ -246,10 +253,12 @@ def register(ops: Mapping[str, PluginOp]) -> None:
 
     Raises: UserError where numpy and TensorRT's bindings do not fit together.
     """
+    from moecompiler.plugins.all_reduce_norm_plugin import ExchangingCreator  # which is made of what is here
+
     check_fields()
     registry = trt.get_plugin_registry()
     modules = Modules()
-    creators = [Creator(op, modules) for op in ops.values()]
+    creators = [(ExchangingCreator if exchanges(name) else Creator)(op, modules) for name, op in ops.items()]
     creators += [*(CollectiveCreator(op) for op in COLLECTIVES), BarrierCreator()]
     for creator in creators:
         if registry.get_creator(creator.name, str(VERSION), DOMAIN) is None:

@@ -16,7 +16,7 @@ from moecompiler.backends.libraries import import_library
 from moecompiler.backends.tensorrt_profiles import prefill_rows, profiles
 from moecompiler.backends.tensorrt_program import Prepared, Tidy, prepare, serialized
 from moecompiler.backends.tensorrt_record import Made, Record, check_fits
-from moecompiler.graph import COLLECTIVES, ONNX_DTYPES, Program, floating_type
+from moecompiler.graph import ONNX_DTYPES, Program, exchanges, floating_type
 from moecompiler.packing import pack
 from moecompiler.plugin_switches import Mode
 from moecompiler.weights import Recipe, TensorReader
@@ -145,7 +145,7 @@ class TensorRTBackend:
 
     def _compile_collectives(self, prepared: Prepared) -> bytes | None:
         """None where the program has no collectives."""
-        if not {*COLLECTIVES} & {*prepared.plugins.values()}:
+        if not any(map(exchanges, prepared.plugins.values())):
             return None
         return self._library().compile_collectives(floating_type(prepared.program), self._made.sm)
 

@@ -15,6 +15,7 @@ import onnx.inliner
 from onnx import TensorProto, helper, numpy_helper
 
 from moecompiler.backends.base import BuildSettings, PluginLibrary
+from moecompiler.backends.fused_collectives import inline_fused_collectives
 from moecompiler.backends.tensorrt_barrier import add_barriers, moe_without_plugin
 from moecompiler.backends.tensorrt_bytes import unsigned_caches
 from moecompiler.backends.tensorrt_fp8 import widen_fp8_experts
@@ -22,7 +23,7 @@ from moecompiler.backends.tensorrt_fp8_rounding import round_by_arithmetic
 from moecompiler.backends.tensorrt_int4 import widen_int4
 from moecompiler.backends.tensorrt_slower import slower_notes
 from moecompiler.errors import UserError
-from moecompiler.graph import COLLECTIVES, DOMAIN, Program, point_weights_at
+from moecompiler.graph import COLLECTIVES, DOMAIN, FUSED_COLLECTIVES, Program, point_weights_at
 from moecompiler.ops import VERSION, plugin_name
 from moecompiler.plugin_switches import Mode, PluginSwitches
 from moecompiler.weights import NUMPY_DTYPES, Recipe, Shape
@@ -61,8 +62,7 @@ def prepare(
     finds twice among them ("ssa_validation").
 
     Raises: UserError where a plugin is insisted on and there is none that fits, or an op has neither plugin nor body."""
-    model = onnx.ModelProto()
-    model.CopyFrom(program.model)
+    model = without_refused_exchanges(program.model, settings.plugins, dtype, sm, library)
     chosen, notes = choose_plugins(model, settings.plugins, dtype, sm, library)
     aliases = find_aliases(model, chosen, library)
     apart = moe_without_plugin(model, chosen)
@@ -84,6 +84,23 @@ def prepare(
     slower = slower_notes(chosen.values(), settings.limits, sm)
     notes += [*baked_notes, *int4_notes, *fp8_notes, *slower]
     return Prepared(Program(model, baked), bound, chosen, aliases, tuple(notes), as_bytes)
+
+
+def without_refused_exchanges(
+    model: onnx.ModelProto, switches: PluginSwitches, dtype: str, sm: int, library: PluginLibrary
+) -> onnx.ModelProto:
+    """A copy in which ops that ranks exchange something in are plugins-to-be, or bodies: in those are collectives, which have to
+    be plugins themselves."""
+    shapes = known_shapes(model) if any(node.op_type in FUSED_COLLECTIVES for node in model.graph.node) else {}
+
+    def stays(node: onnx.NodeProto) -> bool:
+        mode = switches.mode(node.op_type, node.name)
+        if mode is not Mode.AUTO:
+            return mode is Mode.ON  # ``choose_plugins`` says what is wrong with it
+        known = all(name in shapes for name in node.input)
+        return known and library.refusal(node, tuple(shapes[name] for name in node.input), dtype, sm) is None
+
+    return inline_fused_collectives(model, stays)
 
 
 def choose_plugins(

@@ -7,7 +7,7 @@ find it through ``current_communicator()``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from moecompiler.runtime.device_link import DeviceLink
 
@@ -53,6 +53,30 @@ class DeviceCommunicator(Protocol):
         ...
 
 
+@runtime_checkable
+class NormingCommunicator(DeviceCommunicator, Protocol):
+    """A way that also does what follows an all-reduce in a decoder layer, in the same launch."""
+
+    def norm_fits(self, rows: int, hidden: int, dtype: str, group: tuple[int, ...]) -> bool:
+        """Whether it does, for rows of ``hidden`` elements; the same on all ranks of the group."""
+        ...
+
+    def all_reduce_add_rms_norm(
+        self,
+        inputs: tuple[int, int, int],
+        outputs: tuple[int, int],
+        rows: int,
+        hidden: int,
+        epsilon: float,
+        dtype: str,
+        group: tuple[int, ...],
+        stream: int,
+    ) -> None:
+        """``inputs``: residual, branch ``[rows, hidden]``, weight ``[hidden]``; ``outputs``: y, x ``[rows, hidden]``. ``x`` is
+        residual + Σ branch, ``y`` its RMS norm."""
+        ...
+
+
 class Ways:
     """The ways a rank has, the best first: each message takes the first that serves it. The last one serves all.
 
@@ -75,6 +99,14 @@ class Ways:
     def chosen(self, nbytes: int, group: tuple[int, ...]) -> DeviceCommunicator:
         """``way``, for a call that is about to be made."""
         way = self.way(nbytes, group)
+        self.waits += not way.capturable
+        return way
+
+    def norming(self, rows: int, hidden: int, dtype: str, group: tuple[int, ...]) -> NormingCommunicator | None:
+        """The way for an all-reduce of these rows that is about to be made, where it adds and norms them as well."""
+        way = self.way(rows * hidden * BYTES[dtype], group)
+        if not isinstance(way, NormingCommunicator) or not way.norm_fits(rows, hidden, dtype, group):
+            return None
         self.waits += not way.capturable
         return way
 

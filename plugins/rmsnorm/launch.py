@@ -1,4 +1,4 @@
-"""Plans of ``RMSNorm`` and ``AddRMSNorm``: one kernel, one program per row."""
+"""Plans of ``RMSNorm``, ``AddRMSNorm`` and ``AllReduceAddRMSNorm``: one kernel, one program per row."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ class RowsTactic:
 
 
 def tactics(op: str, attributes: Mapping[str, Any], dims: Dims, dtype: str, sm: int) -> tuple[RowsTactic, ...]:
-    """``op``: ``RMSNorm`` or ``AddRMSNorm``. Of ``dims`` only the last one of the first input has to be known."""
+    """``op``: ``RMSNorm`` or ``AddRMSNorm``, or ``AllReduceAddRMSNorm`` once its branch has been added up. Of ``dims`` only the
+    last one of the first input has to be known."""
     hidden = dims[0][-1]
     block = 1 << (hidden - 1).bit_length()
-    added = op == "AddRMSNorm"
+    added = op != "RMSNorm"
     names = ("residual", "branch", "weight", "y", "x") if added else ("x", "weight", "y")
     inputs = 3 if added else 2
     pointer = f"*{TRITON_TYPES[dtype]}:16"

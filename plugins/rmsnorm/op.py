@@ -1,5 +1,5 @@
-"""``RMSNorm`` and ``AddRMSNorm`` (Zhang & Sennrich 2019, arXiv:1910.07467), as ``MixtralRMSNorm`` computes them: in float32,
-rounded to the input's type before the weight."""
+"""``RMSNorm``, ``AddRMSNorm`` and ``AllReduceAddRMSNorm`` (Zhang & Sennrich 2019, arXiv:1910.07467), as ``MixtralRMSNorm``
+computes them: in float32, rounded to the input's type before the weight."""
 
 from __future__ import annotations
 
@@ -34,4 +34,15 @@ ADD_RMS_NORM = OpSpec(
     outputs=(Value("y", ("...", "hidden")), Value("x", ("...", "hidden"))),
     attributes={"epsilon": float},
     body="\n    x = Add(residual, branch)" + _NORMALIZE,
+)
+
+ALL_REDUCE_ADD_RMS_NORM = OpSpec(
+    name="AllReduceAddRMSNorm",
+    inputs=ADD_RMS_NORM.inputs,
+    outputs=ADD_RMS_NORM.outputs,
+    attributes={"epsilon": float, "group": list},
+    body="""
+    total = moecompiler.AllReduce<group: ints = @group>(branch)
+    x = Add(residual, total)"""
+    + _NORMALIZE,
 )

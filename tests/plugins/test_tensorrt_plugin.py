@@ -22,10 +22,13 @@ from moecompiler.plugins.fields import BakedTactic
 from moecompiler.plugins.launch import Cubin, Input, Launch, Output
 from moecompiler.plugins.library import TensorRTPlugins, plugin_ops
 from moecompiler.runtime import device, host_way
-from moecompiler.runtime.communicator import Communicator
+from moecompiler.runtime.communicator import Alone, Communicator, using_communicator
+from moecompiler.runtime.device_communicator import Ways
 from moecompiler.runtime.threads import run_in_threads
 
-MODULES = tuple(f"moecompiler.plugins.{name}_plugin" for name in ("tensorrt", "collective", "barrier"))
+MODULES = tuple(
+    f"moecompiler.plugins.{name}_plugin" for name in ("tensorrt", "collective", "barrier", "all_reduce_norm")
+)
 BUILD = object()  # the phase, which is not looked at
 
 
@@ -34,7 +37,7 @@ class Setting:
 
     def __init__(self, tensorrt: Any, driver: FakeDriver):
         self.tensorrt, self.driver = tensorrt, driver
-        self.plugin, self.collective, self.barrier = (importlib.import_module(name) for name in MODULES)
+        self.plugin, self.collective, self.barrier, self.norm = (importlib.import_module(name) for name in MODULES)
 
     def made(self, op: str, **attributes: float) -> Any:
         """A node's plugin, as the parser asks for it."""
@@ -264,3 +267,45 @@ def test_a_barrier_copies(setting: Setting) -> None:
     assert np.isnan(copied[6:]).all()
     assert node.supports_format_combination(0, [shares, shares], 1)
     assert not node.supports_format_combination(1, [shares, desc(2, 3, 1)], 1)
+
+
+@pytest.mark.parametrize("fits", [False, True])
+def test_all_reduce_with_the_norm_behind_it(fits: bool, setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one launch where the ranks' way has that for these rows, else the sum goes to the workspace, and the kernel of the norm
+    reads it there. While an engine is built there is nobody to talk to."""
+    monkeypatch.setattr(setting.plugin, "_sm", lambda: 90)
+    creator = setting.norm.ExchangingCreator(plugin_ops()["AllReduceAddRMSNorm"], setting.plugin.Modules())
+    fields = [Field("epsilon", np.array([1e-5], np.float32), FieldType.FLOAT32)]
+    fields.append(Field("group", np.array([0, 1], np.int32), FieldType.INT32))
+    building = creator.create_plugin("node", fields, BUILD).clone()
+    shapes = [desc(-1, -1, 256), desc(-1, -1, 256), desc(256)]
+    building.configure_plugin(shapes, [])
+    building.set_tactic(1)
+    assert building.get_workspace_size(shapes, []) == 64 * 64 * 256 * 2
+    running = creator.create_plugin("node", building.get_fields_to_serialize(), BUILD).attach_to_context(None)
+    assert running.baked.attributes == {"epsilon": pytest.approx(1e-5), "group": [0, 1]}
+    launched: list[Any] = []
+    monkeypatch.setattr(setting.plugin, "load", lambda cubin, kernel: kernel)
+    monkeypatch.setattr(setting.plugin, "run", lambda functions, launches, *rest: launched.append(rest))
+    here = [desc(1, 3, 256), desc(1, 3, 256), desc(256)]
+    building.enqueue(here, [], [10, 11, 12], [20, 21], 4096, 7)
+    assert launched == [([10, 11, 12], [20, 21], 4096, 4096, 7)]
+
+    asked: list[Any] = []
+    way = SimpleNamespace(name="ipc", capturable=True)
+    way.check = way.leave = way.close = way.all_gather = lambda *_: None
+    way.takes = lambda nbytes, group: (nbytes, group) == (3 * 256 * 2, (0, 1))
+    way.norm_fits = lambda rows, hidden, dtype, group: fits and (rows, hidden, dtype) == (3, 256, "float16")
+    way.all_reduce = lambda *call: asked.append(call)
+    way.all_reduce_add_rms_norm = lambda *call: asked.append(call)
+    ranks = Alone()
+    ranks.device = Ways([way])
+    with using_communicator(ranks):
+        running.enqueue(here, [], [10, 11, 12], [20, 21], 4096, 7)
+    if fits:
+        assert asked == [((10, 11, 12), (20, 21), 3, 256, pytest.approx(1e-5), "float16", (0, 1), 7)]
+        assert len(launched) == 1
+    else:
+        assert asked == [(11, 4096, 768, "float16", (0, 1), 7)]
+        assert launched[1:] == [([10, 4096, 12], [20, 21], 4096 + 1536, 4096 + 1536, 7)]
+    assert ranks.device.waits == 0
