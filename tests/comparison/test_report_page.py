@@ -12,6 +12,7 @@ import pytest
 from made import made_result
 from pages import Page, leaves, resolve
 
+from moecompiler.comparison.report.logits import context_of
 from moecompiler.comparison.report.markdown import markdown
 from moecompiler.comparison.report.page import render
 from moecompiler.comparison.report.write import write_report
@@ -128,6 +129,22 @@ def test_what_failed_is_said_first() -> None:
     assert "prefers it by 0.9 logits" in page.text
     assert "≈ a tie:" in page.text
     assert "✓ within bounds" in Page(render(GOOD)).text
+
+
+def test_text_that_was_read_before_is_written_before() -> None:
+    model, routing = GOOD.model, GOOD.routing
+    assert model
+    assert routing
+    later = replace(
+        model,
+        tokens=model.tokens[4:],
+        programs=tuple(replace(each, kl=each.kl[4:]) for each in model.programs),
+    )
+    before = "".join(token.text for token in routing.tokens[:4])
+    assert context_of(replace(GOOD, model=later)) == {0: before}
+    assert f'<span class="before">{before}</span>' in render(replace(GOOD, model=later))
+    assert context_of(GOOD) == {0: ""}
+    assert context_of(replace(GOOD, routing=None)) == {}
 
 
 def test_two_artifacts_are_called_by_their_directories() -> None:

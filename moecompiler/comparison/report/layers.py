@@ -14,7 +14,7 @@ from moecompiler.pages.figures import figure, significant
 
 _ADDED = (".self_attn", ".mlp")  # modules whose outputs are added to the residual stream
 _SEVERAL = 4  # stretches: from here on not all are shown at once
-_ANY_ERROR = 10.0  # a relative error that no check is for
+_NEAR = 20.0  # times the largest error: what is beyond would leave most of a plot empty
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,16 @@ class LayerPlots:
 
 
 def bound_of(checks: Iterable[Check], level: str, name: str) -> float | None:
-    """What all checks of that name are held to; None where there are none, or what nothing could exceed."""
+    """What all checks of that name are held to; None where there are none, or they differ."""
     bounds = {check.bound for check in checks if (check.level, check.name) == (level, name)}
-    return min(bounds) if len(bounds) == 1 and min(bounds) < _ANY_ERROR else None
+    return bounds.pop() if len(bounds) == 1 else None
+
+
+def axis_of(levels: Iterable[LayerLevel | None], bounds: Iterable[float | None]) -> LogAxis:
+    """One axis for the plots of several levels. Bounds are on it where they are not far above every error."""
+    errors = [error for level in levels for error in errors_of(level)]
+    near = _NEAR * max((error for error in errors if math.isfinite(error)), default=0.0)
+    return LogAxis.of([*errors, *(bound for bound in bounds if bound is not None and bound <= near)])
 
 
 def layer_plots(
@@ -57,7 +64,8 @@ def layer_plots(
 ) -> LayerPlots:
     """Along the layers, a plot for each stretch. ``at``: the keys under which the result holds the level; ``bound``: to be
     drawn."""
-    rules = () if bound is None else (Rule(axis.at(bound), f"bound {significant(bound)}"),)
+    near = (bound,) if bound is not None and bound <= 10.0**axis.high else ()
+    rules = tuple(Rule(axis.at(each), f"bound {significant(each)}") for each in near)
     plots = [
         Plot(
             stretch_title(stretch),

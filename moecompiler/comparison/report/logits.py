@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import pairwise
 
 from moecompiler.comparison.report.axes import LinearAxis, LogAxis, Tick, across, bounds, numbered
 from moecompiler.comparison.report.plots import Bar, Bars, Curve, Mark, Plot, pointer
 from moecompiler.comparison.report.programs import Shown
-from moecompiler.comparison.result import GreedyText, ModelLevel, Token
+from moecompiler.comparison.result import GreedyText, ModelLevel, Result, Token
 from moecompiler.pages.figures import counted, figure, fixed, share, significant
 
 KL_STEPS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # nats: the same in every report, so that two can be held side by side
@@ -28,11 +28,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Passage:
-    """Tokens that were run one after the other in one way."""
+    """A row of the batch: ``before``, the text that was read first, and the tokens after which logits are compared; from
+    ``decode`` on each was run by itself."""
 
     row: int
-    phase: str
-    pieces: tuple[Piece, ...]
+    before: str
+    prefill: tuple[Piece, ...]
+    decode: tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
@@ -139,26 +141,37 @@ def kl_plots(level: ModelLevel, programs: Mapping[str, Shown]) -> list[Plot]:
     ]
 
 
-def strips(level: ModelLevel, programs: Mapping[str, Shown]) -> list[Strip]:
+def context_of(result: Result) -> dict[int, str]:
+    """Of each row, the text before the first token after which logits are compared, where it is known."""
+    if result.routing is None or result.model is None:
+        return {}
+    first: dict[int, int] = {}
+    for token in result.model.tokens:
+        first.setdefault(token.row, token.position)
+    context = dict.fromkeys(first, "")
+    for token in result.routing.tokens:
+        if token.position < first.get(token.row, 0):
+            context[token.row] += token.text
+    return context
+
+
+def strips(level: ModelLevel, programs: Mapping[str, Shown], context: Mapping[int, str]) -> list[Strip]:
+    """``context``: see ``context_of``."""
     found = []
     for number, each in enumerate(level.programs):
-        indexed = [(token, index) for index, token in enumerate(level.tokens)]
-        passages = [
-            Passage(
-                row,
-                phase,
-                tuple(
-                    Piece(
-                        visible(token.text),
-                        sum(not each.kl[index] < step for step in KL_STEPS),
-                        pointer("model", "programs", number, "kl", index),
-                        _kl_tip(level, programs, index),
-                    )
-                    for token, index in members
-                ),
+        rows: dict[int, dict[str, list[Piece]]] = {}
+        for index, token in enumerate(level.tokens):
+            piece = Piece(
+                visible(token.text),
+                sum(not each.kl[index] < step for step in KL_STEPS),
+                pointer("model", "programs", number, "kl", index),
+                _kl_tip(level, programs, index),
             )
-            for (row, phase), members in groupby(indexed, key=lambda pair: (pair[0].row, pair[0].phase))
-        ]
+            rows.setdefault(token.row, {}).setdefault(token.phase, []).append(piece)
+        passages = (
+            Passage(row, context.get(row, ""), *(tuple(phases.get(phase, ())) for phase in ("prefill", "decode")))
+            for row, phases in rows.items()
+        )
         found.append(Strip(programs[each.program], tuple(passages)))
     return found
 

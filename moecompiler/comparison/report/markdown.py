@@ -116,8 +116,8 @@ def _routing(level: RoutingLevel | None, programs: Mapping[str, Shown]) -> Itera
         yield "Not measured."
         return
     for each in heats(level, programs):
-        beyond = f"{counted(each.beyond, 'flip')} beyond rounding" if each.beyond else "rounding may explain each"
-        yield f"{escaped(each.program.title)}: {each.summary}; {each.rerouted:.2%} of (layer, token) have any; {beyond}."
+        beyond = f"; {counted(each.beyond, 'flip')} beyond rounding" if each.beyond else ""
+        yield f"{escaped(each.program.title)}: {each.summary}; {each.rerouted:.2%} of (layer, token) have any{beyond}."
         if each.total:
             rows = [(row.layer, *(cell.count or "" for cell in row.cells), row.total) for row in each.rows]
             yield table(("layer", *(f"e{expert}" for expert in range(level.experts)), "all"), rows)

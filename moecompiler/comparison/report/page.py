@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import chain
-
 from moecompiler.comparison.report import layers, logits, ops, routing, summary
-from moecompiler.comparison.report.axes import LogAxis
 from moecompiler.comparison.report.programs import shown
 from moecompiler.comparison.result import LEVELS, Result
 from moecompiler.pages.figures import significant
@@ -19,8 +16,7 @@ def render(result: Result) -> str:
     replayed_layer, replayed_model = (replayed.layer, replayed.model) if replayed else (None, None)
     bound = layers.bound_of(result.verdict, "layer", "relative error")
     replayed_bound = layers.bound_of(result.verdict, "routing", "replayed, relative error")
-    drawn = (each for each in (bound, replayed_bound) if each is not None)
-    axis = LogAxis.of(chain(layers.errors_of(result.layer), layers.errors_of(replayed_layer), drawn))
+    axis = layers.axis_of((result.layer, replayed_layer), (bound, replayed_bound))
     as_chosen = [("as each program chooses", result.model, ("model",))] if result.model else []
     forced = (
         [("reference’s experts forced", replayed_model, ("routing", "replayed", "model"))] if replayed_model else []
@@ -43,6 +39,8 @@ def render(result: Result) -> str:
         tiles=summary.tiles(result, programs),
         columns=summary.columns(result, programs),
         properties=summary.properties(result, programs),
+        layer_bound=bound,
+        replayed_bound=replayed_bound,
         layer_plots=layers.layer_plots(result.layer, ("layer",), programs, axis, bound) if result.layer else None,
         layer_table=layers.layer_table(result.layer, ("layer",), programs) if result.layer else None,
         steepest=layers.steepest(result.layer, programs) if result.layer else [],
@@ -53,7 +51,7 @@ def render(result: Result) -> str:
         replayed_rows=logits.replayed_rows([*as_chosen, *forced]) if forced else [],
         histogram_data=logits.histogram(result.model, programs) if result.model and result.model.programs else None,
         kl_plots=logits.kl_plots(result.model, programs) if result.model else [],
-        strips=logits.strips(result.model, programs) if result.model else [],
+        strips=logits.strips(result.model, programs, logits.context_of(result)) if result.model else [],
         kl_legend=logits.kl_legend(),
         continuations=lambda text: list(logits.continuations(text, programs)),
         heats=routing.heats(result.routing, programs) if result.routing else [],
