@@ -55,6 +55,14 @@ def load(cubin: Cubin, kernel: AnyKernel) -> Function:
     return Function(cubin, handle, tuple(types), isinstance(kernel, Kernel))
 
 
+def load_now(function: Function) -> None:
+    """Makes the driver load what it may leave for the first launch (CUDA C++ Programming Guide, "Lazy Loading"): that may wait
+    for all that the context does, and so for ever where what it does waits for the launch."""
+    from cuda.bindings import driver
+
+    check(*driver.cuFuncGetAttribute(driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NUM_REGS, function.handle))
+
+
 def run(
     functions: Sequence[Function] | Mapping[int, Function],
     launches: Sequence[Launch],

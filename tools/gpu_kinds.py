@@ -64,10 +64,12 @@ def compile_quantized(name: str, plugins: str, model_dir: Path, scales: Path, ou
     return words
 
 
-def compile_shipped(kind: Kind, model_dir: Path, output_dir: Path, slots: int = 144) -> list[str]:
+def compile_shipped(
+    kind: Kind, model_dir: Path, output_dir: Path, slots: int = 144, pipeline: str = "plugins"
+) -> list[str]:
     """Words of the command line that compile the shipped model, for prompts of up to 64 tokens and ``slots`` in all."""
     limits = ("--max_seq_len", str(slots), "--max_input_len", "64", "--max_batch_size", "8", "--max_num_tokens", "256")
-    return [*_compile(kind, output_dir), "--model_dir", str(model_dir), *limits]
+    return [*_compile(kind, output_dir, pipeline), "--model_dir", str(model_dir), *limits]
 
 
 def compile_full_size(
@@ -78,7 +80,7 @@ def compile_full_size(
     return [*_compile(kind, output_dir), "--model", model, "--num_layers", str(layers), *limits]
 
 
-def _compile(kind: Kind, output_dir: Path) -> list[str]:
-    engine = ("--backend", "tensorrt", "--pipeline", "plugins", "--plugins", PLUGINS[kind.plugins])
+def _compile(kind: Kind, output_dir: Path, pipeline: str = "plugins") -> list[str]:
+    engine = ("--backend", "tensorrt", "--pipeline", pipeline, "--plugins", PLUGINS[kind.plugins])
     what = ("--dtype", kind.dtype, "--moe_weights", "external", *(MAPPINGS | RANK_MAPPINGS)[kind.mapping])
     return ["compile", "--output_dir", str(output_dir), *engine, *what]

@@ -14,6 +14,7 @@ from moecompiler.tools.gpu_steps import PYTEST, Places, ours, script
 
 RANKS = "ranks"
 COMPARED = ("tp2", "ep2", "pp2", *RANK_MAPPINGS)
+FUSED = ("tp2", "tp4")  # with what follows an all-reduce in the same op, too
 LONG_SLOTS, LONG_TOKENS = 2064, 2000
 
 
@@ -24,14 +25,18 @@ def rank_steps(places: Places) -> Iterator[Step]:
         if kind.mapping in RANK_MAPPINGS:
             words = compile_shipped(kind, places.shipped, places.engines / kind.name)
             yield Step(f"compile-{kind.name}", RANKS, ours(*words), 200)
+    fused = {f"float16-on-{mapping}-fused": Kind("float16", "on", mapping) for mapping in FUSED}
+    for name, kind in fused.items():
+        words = compile_shipped(kind, places.shipped, places.engines / name, pipeline="tensorrt")
+        yield Step(f"compile-{name}", RANKS, ours(*words), 200)
     long = "float16-on-tp2-long"
     words = compile_shipped(Kind("float16", "on", "tp2"), places.shipped, places.engines / long, LONG_SLOTS)
     yield Step(f"compile-{long}", RANKS, ours(*words), 200)
     for file, seconds in (("collectives", 400), ("nccl", 200)):
         yield Step(f"ranks-{file}", RANKS, (*PYTEST, f"tests/gpu/test_{file}_gpu.py"), seconds, alone=True)
     one = Kind("float16", "on", "one").name
-    engines = [str(places.engines / name) for name in (one, *(kind.name for kind in kinds))]
-    needs = (f"compile-{one}", *(f"compile-{kind.name}" for kind in kinds))
+    names = [one, *(kind.name for kind in kinds), *fused]
+    engines, needs = [str(places.engines / name) for name in names], tuple(f"compile-{name}" for name in names)
     for asked, chosen in (("auto", engines), ("host", engines[:2])):
         more = ("--model_dir", str(places.shipped), "--collectives", asked)
         compared = script("compare_ranks", places, f"ranks-{asked}", *chosen, *more)

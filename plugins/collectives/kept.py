@@ -8,7 +8,7 @@ from dataclasses import asdict
 from moecompiler.errors import UserError
 from moecompiler.plugins.collectives import launch
 from moecompiler.plugins.collectives.launch import USUAL, Sizes
-from moecompiler.plugins.driver import Function, load, run
+from moecompiler.plugins.driver import Function, load, load_now, run
 from moecompiler.plugins.fields import CUBINS, PLAN, Baked, BakedTactic, fingerprint, pack, unpack
 from moecompiler.plugins.launch import Launch
 from moecompiler.runtime.collective_kernels import Region
@@ -57,6 +57,8 @@ class Collectives:
         self._functions: dict[str, Function] = {
             name: load(kept[name].cubins[0], kernel) for name, kernel in kernels.items()
         }
+        for function in self._functions.values():
+            load_now(function)
 
     def head(self, rank: int, pointers: Sequence[int], patience_ns: int, told: int) -> bytes:
         return launch.head(rank, pointers, patience_ns, told)

@@ -30,11 +30,14 @@ def data(monkeypatch: pytest.MonkeyPatch) -> bytes:
 def test_from_file_to_launch(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is compiled; a message takes the kernel for its size."""
     launched: list[tuple[bytes, Any]] = []
+    loaded: list[bytes] = []
     monkeypatch.setattr(kept, "load", lambda cubin, kernel: cubin.image)
+    monkeypatch.setattr(kept, "load_now", loaded.append)
     monkeypatch.setattr(
         kept, "run", lambda functions, launches, *rest: launched.append((functions[0], launches[0].args, rest[-1]))
     )
     kernels = kept.Collectives(data)
+    assert loaded == [f"{name} 90".encode() for name in ("one_shot", "two_shot", "gather", "one_shot_norm")]
     assert (kernels.dtype, kernels.region_bytes) == ("bfloat16", USUAL.region)
     kernels.all_reduce(16, 32, 4096, FOUR, 7)
     kernels.all_reduce(16, 32, 1 << 20, FOUR, 7)
