@@ -16,7 +16,7 @@ from moecompiler.comparison.exact import Exact
 from moecompiler.comparison.nodes import OpNode, as_the_op_says, family_of, weights_of
 from moecompiler.comparison.result import OpCase, OpLevel, OpTime, Ulps
 from moecompiler.comparison.runners import OpenProgram, infer
-from moecompiler.comparison.thresholds import further
+from moecompiler.comparison.thresholds import held
 from moecompiler.comparison.ulps import ratio_of_means, summary, ulps
 from moecompiler.materializing import Materializer
 from moecompiler.validation.place import Arrays
@@ -144,7 +144,7 @@ def compare_output(
         figures,
         ratio,
         interval,
-        not further(figures[first], figures[second], interval),
+        all(each.passed for each in held(figures[first], figures[second], interval)),
         dict(times),
         int((~counted).sum()),
     )

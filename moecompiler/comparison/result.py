@@ -68,12 +68,14 @@ class Meta:
 @dataclass(frozen=True)
 class Ulps:
     """The error of a node's output against the float64 result, in units in the last place of the output's dtype: of the largest
-    element, the mean one, and the 99th percentile; and the largest error as it is."""
+    element, the mean one, and the 99th percentile; the largest error as it is; and the mean error of the worst row (the last
+    axis)."""
 
     max: float
     mean: float
     p99: float
     max_abs: float
+    row: float = 0.0
 
 
 @dataclass(frozen=True)

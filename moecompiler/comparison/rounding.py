@@ -7,38 +7,41 @@ than any arithmetic in the narrow type, and nothing to hold a kernel against.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 
 import onnx
 import onnx.inliner
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from moecompiler.backends.onnxruntime_lowering import lower
 from moecompiler.graph import Program
 
 _NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _WIDE = TensorProto.FLOAT
 
 
-def rounding_everywhere(program: Program) -> Program:
-    """The program with its functions inlined and every narrow tensor a float32 that the narrow type holds: its inputs and
-    outputs are float32, weights are what they were."""
+def lower_with_rounding(program: Program) -> Program:
+    """``lower``, with functions inlined and every narrow tensor a float32 that the narrow type holds: inputs and outputs are
+    float32, weights are what they were."""
     model = onnx.inliner.inline_local_functions(program.model)
     typed = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     values = (*typed.input, *typed.output, *typed.value_info)
     narrow = {value.name: kind for value in values if (kind := value.type.tensor_type.elem_type) in _NARROW}
-    narrow |= {tensor.name: tensor.data_type for tensor in model.graph.initializer if tensor.data_type in _NARROW}
-    weights = {tensor.name for tensor in model.graph.initializer} & narrow.keys()
-    nodes = [helper.make_node("Cast", [name], [f"{name}/wide"], to=_WIDE) for name in sorted(weights)]
-    nodes += [each for node in model.graph.node for each in _wide_nodes(node, narrow, weights)]
-    del model.graph.node[:], model.graph.value_info[:]
-    model.graph.node.extend(nodes)
+    weights = {tensor.name for tensor in model.graph.initializer if tensor.data_type in _NARROW}
+    nodes = [helper.make_node("Cast", [name], [f"{name}/wide"], f"{name}/wide", to=_WIDE) for name in sorted(weights)]
+    _set_nodes(model, [*nodes, *(_wide(node, weights) for node in model.graph.node)])
+    del model.graph.value_info[:]
     for value in (*model.graph.input, *model.graph.output):
         if value.type.tensor_type.elem_type in _NARROW:
             value.type.tensor_type.elem_type = _WIDE
-    return Program(model, program.weights)
+    lowered = lower(Program(model, program.weights))
+    # lowering makes float32 of casts to bfloat16 too, so rounding comes last
+    _set_nodes(lowered.model, [each for node in lowered.model.graph.node for each in _rounded(node, narrow)])
+    return lowered
 
 
-def _wide_nodes(node: NodeProto, narrow: Mapping[str, int], weights: set[str]) -> Iterator[NodeProto]:
+def _wide(node: NodeProto, weights: set[str]) -> NodeProto:
+    """With what it reads and writes in float32."""
     wide = NodeProto()
     wide.CopyFrom(node)
     for index, name in enumerate(node.input):
@@ -50,11 +53,23 @@ def _wide_nodes(node: NodeProto, narrow: Mapping[str, int], weights: set[str]) -
         if attribute.t.data_type in _NARROW:
             array = numpy_helper.to_array(attribute.t).astype("float32")
             attribute.t.CopyFrom(numpy_helper.from_array(array, attribute.t.name))
-    rounding = []
+    return wide
+
+
+def _rounded(node: NodeProto, narrow: Mapping[str, int]) -> list[NodeProto]:
+    """A node, and the rounding of its outputs."""
+    exact = NodeProto()
+    exact.CopyFrom(node)
+    nodes = [exact]
     for index, name in enumerate(node.output):
         if name in narrow:
-            wide.output[index], rounded = f"{name}/exact", f"{name}/rounded"
-            rounding.append(helper.make_node("Cast", [wide.output[index]], [rounded], to=narrow[name]))
-            rounding.append(helper.make_node("Cast", [rounded], [name], to=_WIDE))
-    yield wide
-    yield from rounding
+            exact.output[index], rounded = f"{name}/exact", f"{name}/rounded"
+            nodes.append(helper.make_node("Cast", [exact.output[index]], [rounded], to=narrow[name]))
+            nodes.append(helper.make_node("Cast", [rounded], [name], to=_WIDE))
+    return nodes
+
+
+def _set_nodes(model: onnx.ModelProto, nodes: Sequence[NodeProto]) -> None:
+    copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(copies)

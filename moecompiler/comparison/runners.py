@@ -9,9 +9,8 @@ import numpy as np
 from polygraphy.backend.base import BaseRunner
 from polygraphy.datatype import DataType
 
-from moecompiler.backends.onnxruntime_lowering import lower
 from moecompiler.backends.onnxruntime_program import WeightCache, open_lowered
-from moecompiler.comparison.rounding import rounding_everywhere
+from moecompiler.comparison.rounding import lower_with_rounding
 from moecompiler.graph import Program
 from moecompiler.validation.place import Arrays
 from moecompiler.weights import TensorReader
@@ -33,14 +32,14 @@ class BodiesOnOnnxRuntime:
     def __call__(self, program: Program, examples: Sequence[Arrays]) -> BaseRunner:
         from polygraphy.backend.onnxrt import OnnxrtRunner
 
-        weights, lowered = WeightCache(self._reader), lower(rounding_everywhere(program))
+        weights, lowered = WeightCache(self._reader), lower_with_rounding(program)
         return OnnxrtRunner(lambda: open_lowered(lowered, weights, self._threads), name="ootb")
 
 
 def infer(runner: BaseRunner, arrays: Mapping[str, np.ndarray]) -> Arrays:
     """What an active runner makes of its inputs among ``arrays``: those of floats, whatever their type, are given to it in
     the one it takes. The outputs are copies, nobody else's."""
-    wanted = runner.get_input_metadata()
+    wanted = runner.get_input_metadata(use_numpy_dtypes=False)
     feeds = {
         name: np.ascontiguousarray(arrays[name], DataType.to_dtype(wanted[name].dtype, "numpy")) for name in wanted
     }

@@ -59,9 +59,9 @@ class ModuleSession:
         """See ``StageSession.step``."""
         rows = slice(first, first + len(position_ids))
         caches = [(key[rows], value[rows]) for key, value in self._caches]
-        last = torch.from_numpy(last_token_ids)
+        given = [torch.from_numpy(np.require(each, requirements="W")) for each in (x, position_ids, last_token_ids)]
         with torch.inference_mode(), self._watched(position_ids.shape):
-            y, present = self._module(torch.from_numpy(x), torch.from_numpy(position_ids), last, caches)
+            y, present = self._module(*given, caches)
         for own, new in zip(self._caches, present, strict=True):
             own[0][rows], own[1][rows] = new
         return np.asarray(y.numpy())

@@ -20,19 +20,37 @@ to it."""
 ROUNDED = 0.5
 """Units in the last place: a mean error up to this one is rounding's, of which a quarter of a unit is the least there can be."""
 
+ROW_TIMES = 4.0
+"""The mean error of the first program's worst row (a token's, or a head's) may be so many times the second's, which counts as
+at least ``ROUNDED``: a row has many elements, so its mean does not vary much."""
+
 WORST_TIMES = 8.0
 """The first program's largest error may be so many times the second's, which counts as at least one unit."""
 
 
-def further(first: Ulps, second: Ulps, interval: tuple[float, float] | None) -> bool:
-    """Whether a node's output is further from the truth in the first program than in the second."""
+@dataclass(frozen=True)
+class Held:
+    """A number of a node's output that is held against a bound."""
+
+    name: str
+    value: float
+    bound: float
+    passed: bool
+
+
+def held(first: Ulps, second: Ulps, interval: tuple[float, float] | None) -> tuple[Held, ...]:
+    """What decides whether a node's output is further from the truth in the first program than in the second."""
     if first.max == float("inf"):
-        return second.max != float("inf")
-    if second.max == float("inf") or interval is None:
-        return False
-    if interval[0] > RATIO and first.mean > ROUNDED:
-        return True
-    return first.max > WORST_TIMES * max(second.max, 1.0)
+        return (Held("largest error (ULP)", first.max, second.max, second.max == float("inf")),)
+    if second.max == float("inf"):
+        return (Held("largest error (ULP)", first.max, second.max, True),)
+    low = interval[0] if interval is not None else 1.0
+    row, worst = ROW_TIMES * max(second.row, ROUNDED), WORST_TIMES * max(second.max, 1.0)
+    return (
+        Held("ratio of mean errors", low, RATIO, low <= RATIO or first.mean <= ROUNDED),
+        Held("mean error of the worst row (ULP)", first.row, row, first.row <= row),
+        Held("largest error (ULP)", first.max, worst, first.max <= worst),
+    )
 
 
 BESIDE = 2.0

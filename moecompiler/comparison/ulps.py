@@ -75,8 +75,9 @@ def summary(errors: np.ndarray, got: np.ndarray, exact: np.ndarray) -> Ulps:
     if not errors.size:
         return Ulps(0.0, 0.0, 0.0, 0.0)
     if not np.isfinite(errors).all():
-        return Ulps(np.inf, np.inf, float(np.quantile(errors, 0.99, method="higher")), largest)
-    return Ulps(float(errors.max()), float(errors.mean()), float(np.quantile(errors, 0.99)), largest)
+        return Ulps(np.inf, np.inf, float(np.quantile(errors, 0.99, method="higher")), largest, np.inf)
+    row = float(errors.mean(-1).max())
+    return Ulps(float(errors.max()), float(errors.mean()), float(np.quantile(errors, 0.99)), largest, row)
 
 
 def ratio_of_means(first: np.ndarray, second: np.ndarray) -> tuple[float | None, tuple[float, float] | None]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moecompiler.comparison import thresholds
 from moecompiler.comparison.result import Check, LayerLevel, ModelLevel, OpCase, OpLevel, RoutingLevel
-from moecompiler.comparison.thresholds import Bounds
+from moecompiler.comparison.thresholds import Bounds, held
 
 REPLAYED = "replayed, "
 """Begins the names of checks of programs with routing replayed."""
@@ -50,14 +49,12 @@ def _lower_end(case: OpCase) -> float:
 
 
 def _of_case(case: OpCase) -> Check:
+    """What failed first, or the ratio."""
     first, second = case.errors.values()
+    checks = held(first, second, case.interval)
+    told = next((each for each in checks if not each.passed), checks[0])
     subject = f"{case.node} {case.output}, {case.case}"
-    by_mean = case.no_further or (_lower_end(case) > thresholds.RATIO and first.mean > thresholds.ROUNDED)
-    if by_mean:
-        value = _lower_end(case)
-        return Check("op", "ratio of mean errors", subject, value, thresholds.RATIO, case.no_further)
-    bound = thresholds.WORST_TIMES * max(second.max, 1.0)
-    return Check("op", "largest error (ULP)", subject, first.max, bound, case.no_further)
+    return Check("op", told.name, subject, told.value, told.bound, told.passed)
 
 
 def _of_layers(level: str, found: LayerLevel, hidden: float, beside: float, prefix: str = "") -> Iterator[Check]:

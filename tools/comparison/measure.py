@@ -72,7 +72,7 @@ class Measuring:
                 opened = partial(_engine, side, self.request.threads)
                 timed = not is_interpreted(side)
                 self._engine_runs[side.name] = run_engine(opened, side.job.mapping, self.scenario, timed=timed)
-        return self._engine_runs
+        return {side.name: self._engine_runs[side.name] for side in self.sides}
 
     def opener(self, side: Side, reader: TensorReader) -> OpenProgram:
         """What runs graphs as the side's engines do."""
@@ -89,7 +89,7 @@ class Measuring:
         for side in self.sides:
             if side.name not in self._runs:
                 self._runs[side.name] = self.watched(side, self.reader, None)
-        return self._runs
+        return {side.name: self._runs[side.name] for side in self.sides}
 
     def watched(self, side: Side, reader: TensorReader, forced: dict[int, np.ndarray] | None) -> Run:
         self.told(f"graphs with more outputs, {side.name}" + (", routing replayed" if forced else ""))
