@@ -1,14 +1,13 @@
 // what a mark, a cell or a token stands for: under the pointer, under a finger, or by arrow keys in its place
 const tip = one("#tip");
 const hideTip = () => {
-  tip.hidden = true;
+  tip.textContent = "";
   for (const each of all(".active")) each.classList.remove("active");
 };
 const showTip = (mark) => {
   hideTip();
   mark.classList.add("active");
   tip.textContent = mark.dataset.tip;
-  tip.hidden = false;
   const [at, own] = [mark.getBoundingClientRect(), tip.getBoundingClientRect()];
   const left = Math.min(Math.max(at.left + at.width / 2 - own.width / 2, 8), innerWidth - own.width - 8);
   const above = at.top - own.height - 8;
@@ -25,25 +24,31 @@ const nearest = (marks, x, y) => {
   }
   return found;
 };
+const rests = {}; // the pointer: what scrolls past it was not pointed at
 for (const area of all("[data-tips]")) {
   const marks = all("[data-tip]", area);
   if (!marks.length) continue;
   let current = -1;
+  let pointed = false;
   const point = (event) => {
+    if (event.type === "pointermove" && event.clientX === rests.x && event.clientY === rests.y) return;
+    [rests.x, rests.y] = [event.clientX, event.clientY];
     const mark = area.dataset.tips === "near" ? nearest(marks, event.clientX, event.clientY) : event.target.closest("[data-tip]");
     current = marks.indexOf(mark);
+    pointed = true;
     if (mark) showTip(mark);
     else hideTip();
   };
   area.addEventListener("pointermove", point);
   area.addEventListener("pointerdown", point);
-  area.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") hideTip(); });
+  area.addEventListener("pointerleave", (event) => { if (pointed && event.pointerType === "mouse") hideTip(); });
   area.addEventListener("blur", hideTip);
   area.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
     if (!step || event.altKey || event.ctrlKey || event.metaKey) return;
     event.preventDefault();
     current = current < 0 ? (step > 0 ? 0 : marks.length - 1) : Math.min(Math.max(current + step, 0), marks.length - 1);
+    pointed = false;
     marks[current].scrollIntoView({ block: "nearest", inline: "nearest" });
     showTip(marks[current]);
   });
