@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from moecompiler.comparison.ddmin import Outcome, ddmin
 from moecompiler.comparison.result import Probe
 from moecompiler.errors import UserError
-from moecompiler.graph import DOMAIN, Program, is_collective, module_of
+from moecompiler.graph import COLLECTIVES, DOMAIN, Program, module_of
 from moecompiler.plugin_switches import Mode, PluginSwitches, Rule
 
 
@@ -60,10 +60,10 @@ class Found:
 
 def plugin_nodes(programs: Iterable[Program], chosen: Iterable[str] | None = None) -> tuple[PluginNode, ...]:
     """The nodes of our ops in all ranks' programs, each name once, in the graphs' order; only those named in ``chosen``, where
-    that is given. Collectives are none: they have no body."""
+    that is given. Bare collectives are none: they have no body."""
     names = None if chosen is None else set(chosen)
     nodes = (node for program in programs for node in program.model.graph.node)
-    ours = (node for node in nodes if node.domain == DOMAIN and not is_collective(node))
+    ours = (node for node in nodes if node.domain == DOMAIN and node.op_type not in COLLECTIVES)
     return tuple(
         dict.fromkeys(PluginNode(node.op_type, node.name) for node in ours if names is None or node.name in names)
     )

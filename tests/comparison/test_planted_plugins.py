@@ -183,3 +183,25 @@ def test_a_bug_that_does_not_show_is_no_finding(
 
     with pytest.raises(UserError, match="with all 9 plugins the check says pass"):
         bisect_plugins(built.engines, built.source, judge, "logits", tmp_path)
+
+
+@pytest.mark.slow
+def test_compare_names_it_and_goes_on_where_it_stopped(
+    built: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole command: the model level fails, engines are bisected, the culprit is in the result and in a folder."""
+    bug = bugs(built)["expert"]
+    plant(bug, monkeypatch)
+    monkeypatch.setattr("moecompiler.tools.comparison.bisection.code_fingerprint", lambda: "the same")
+    words = ["--level", "model", "--tokens", "24", "--prompts", "0", "--work_dir", str(tmp_path), "--json"]
+    found = []
+    for _ in range(2):
+        capsys.readouterr()
+        assert command_line(["compare", str(built.engines.directory), *words]) == 1
+        found.append(json.loads(capsys.readouterr().out)["bisection"])
+    first, again = found
+    assert first["check"].startswith("model: ")
+    assert (first["culprits"], first["folder"]) == ([bug.node], str(tmp_path / "reduce"))
+    assert again == first  # nothing is built twice
+    (folder,) = (tmp_path / "reduce").iterdir()
+    assert json.loads((folder / "plugin.json").read_text())["node"] == bug.node

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from moecompiler.artifact import Artifact
+from moecompiler.atomic import fingerprint
 from moecompiler.comparison.bisect import Found, Judgement
 from moecompiler.comparison.ddmin import Outcome
 from moecompiler.comparison.result import OOTB, PLUGINS, Bisection, Check, Probe, Result
@@ -98,7 +99,15 @@ def _search(measuring: Measuring, level: str, names: set[str], check: str, told:
     def heard(probe: Probe) -> None:
         told(f"{len(probe.plugins)} plugins: {probe.outcome}")
 
-    return bisect_plugins(first.engines, first.source, judge, check, measuring.request.work_dir / "bisect", heard)
+    judged = f"{check} {_inputs_key(measuring)}"
+    return bisect_plugins(first.engines, first.source, judge, judged, measuring.request.work_dir / "bisect", heard)
+
+
+def _inputs_key(measuring: Measuring) -> str:
+    """What the same engine's verdict depends on."""
+    scenario = measuring.scenario
+    run = scenario.tokens.tolist(), scenario.prompt_lengths, scenario.decode_steps
+    return fingerprint(run, asdict(measuring.bounds), measuring.request.prompts, measuring.request.output_len)
 
 
 def _checks(probe: Measuring, level: str) -> tuple[Check, ...]:
