@@ -69,19 +69,41 @@ class ArtifactWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         return temporary_path(path)
 
-    def commit_rank(self, rank: int, key: str, staged: Mapping[str, Path | Staged], info: dict[str, Any]) -> None:
-        """Puts a rank's files in place and records them; files of its older record that are not named are removed.
+    def whole_files(self, prefix: str) -> list[str]:
+        """The files of any rank's record whose names begin so, where all of these are whole (they are read); else none."""
+        found = {name: each for files in self._records() for name, each in files.items() if name.startswith(prefix)}
+        return sorted(found) if _is_whole(self.directory, found) else []
 
-        Raises: ValueError where the rank is not of this world, or a name is another rank's or a shared file's.
+    def commit_rank(
+        self,
+        rank: int,
+        key: str,
+        staged: Mapping[str, Path | Staged],
+        info: dict[str, Any],
+        shared: Mapping[str, Path | Staged | None] | None = None,
+    ) -> None:
+        """Puts a rank's files in place and records them; files of its older record that nobody names any more are removed.
+        ``shared``: files that other ranks may have too; None where one has it already.
+
+        Raises: ValueError where the rank is not of this world, a name is another rank's or a shared file's, or no rank has a file
+        that is said to be there.
         """
         if not 0 <= rank < self._manifest.world_size:
             raise ValueError(f"rank {rank} of {self._manifest.world_size}")
+        common = shared or {}
+        there = [name for name, each in common.items() if each is None]
+        added = _measure({name: each for name, each in common.items() if each is not None})
         measured = _measure(staged)
         others = [record.files for other, record in self._manifest.ranks.items() if other != rank]
         self._claim(measured, [*others, self._manifest.files])
+        self._claim(added, [self._manifest.files])
+        known = {name: record for files in self._records() for name, record in files.items()}
+        if missing := set(there) - known.keys():
+            raise ValueError(f"{self.directory}: no rank has {min(missing)}")
+        measured |= added
         old = self._manifest.ranks.pop(rank, None)
         self._put(measured, old.files if old else ())
-        files = {name: each.record for name, each in measured.items()}
+        files = {name: each.record for name, each in measured.items()} | {name: known[name] for name in there}
         self._manifest.ranks[rank] = RankRecord(key, self._header, files, _as_json(info))
         self._save()
         self._sweep()
@@ -115,6 +137,9 @@ class ArtifactWriter:
             self._sweep()
         self._manifest.unfinished = False
         self._save()
+
+    def _records(self) -> list[Mapping[str, FileRecord]]:
+        return [record.files for record in self._manifest.ranks.values()]
 
     def _claim(self, names: Iterable[str], others: Iterable[Iterable[str]]) -> None:
         if taken := set(names) & set().union(*others):

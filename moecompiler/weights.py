@@ -41,6 +41,16 @@ class TensorReader(Protocol):
         """The box of ``shape`` at ``start`` of tensor ``name``, in its stored dtype; nothing else is read."""
 
 
+class _NoWeights:
+    """For programs without weights of their own."""
+
+    def read(self, name: str, start: Shape, shape: Shape) -> np.ndarray:
+        raise ValueError(f"{name} is wanted where no weights are")
+
+
+NO_WEIGHTS: TensorReader = _NoWeights()
+
+
 @runtime_checkable
 class IntoReader(TensorReader, Protocol):
     """Where boxes can be read to where they are wanted."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from moecompiler.artifact import Artifact
 from moecompiler.artifact_writer import ArtifactWriter, writing
 from moecompiler.atomic import fingerprint
 from moecompiler.backends.base import BuildSettings, EngineLimits
-from moecompiler.config import ModelConfig
 from moecompiler.errors import UserError
 from moecompiler.packed import PACKED
 from moecompiler.plugin_switches import merge_legacy, parse_plugins
@@ -24,7 +21,8 @@ from moecompiler.tools.flags import EngineFlags, InstrumentFlags, SelectionFlags
 from moecompiler.tools.groups import grouped
 from moecompiler.tools.job import Job, check_engine_dir, code_fingerprint, ranks_asked_for
 from moecompiler.tools.optimize import DUMPS, run_optimize
-from moecompiler.workers import ProgressFn, run_ranks
+from moecompiler.tools.ranks_build import BuildRank, RankInputs, share_plans
+from moecompiler.workers import run_ranks
 
 _PLUGIN_DTYPES = ("float16", "bfloat16")
 _TOKENIZER_FILES = (
@@ -141,15 +139,17 @@ def run_build(
     with writing(output_dir, "engine", source.world_size, header) as writer:
         missing = [r for r in ranks if not writer.is_done(r, keys[r])]
 
+        given = RankInputs(source, output_dir, engine.backend, job.source, job.model, settings)
+        plans = share_plans(given, missing, made_by, writer, work.workers)
+
         def commit(rank: int, result: tuple[dict[str, Path], dict[str, Any]]) -> None:
             staged, info = result
             kept = {key: value for key, value in source.rank_info(rank).items() if key != PACKED}
-            writer.commit_rank(rank, keys[rank], staged, kept | info)
+            writer.commit_rank(rank, keys[rank], staged, kept | info, plans.take(rank))
             for note in info.get("engine", {}).get("notes", ()):
                 print(f"note: rank {rank}: {note}", file=sys.stderr)
 
-        task = _BuildRank(source, output_dir, engine.backend, job.source, job.model, settings)
-        run_ranks(task, missing, work.workers, "build", on_result=commit)
+        run_ranks(BuildRank(given, plans.stems), missing, work.workers, "build", on_result=commit)
         _copy_tokenizer(job, writer)
     return notes
 
@@ -191,33 +191,3 @@ def _copy_tokenizer(job: Job, writer: ArtifactWriter) -> None:
             temporary = writer.temp(f"tokenizer/{name}")
             shutil.copyfile(file, temporary)
             writer.commit_file(f"tokenizer/{name}", temporary)
-
-
-@dataclass(frozen=True)
-class _BuildRank:
-    """The task: one rank's engine files under temporary names, and what ``inspect`` shows of them."""
-
-    source: Artifact
-    directory: Path
-    backend: str
-    identity: dict[str, Any]
-    model: ModelConfig
-    settings: BuildSettings
-
-    def __call__(self, rank: int, progress: ProgressFn) -> tuple[dict[str, Path], dict[str, Any]]:
-        from moecompiler.graph import load_program
-        from moecompiler.packed import open_rank_source
-
-        program = load_program(self.source.directory / f"rank{rank}.onnx")
-        reader = open_rank_source(self.source.directory, self.source.rank_info(rank), self.identity, self.model)
-        try:
-            staged = open_backend(self.backend).build(
-                program, reader, f"rank{rank}", self.directory, self.settings, progress
-            )
-        except OverflowError as error:
-            raise UserError(str(error)) from None
-        weights = sum(recipe.nbytes for recipe in program.weights.values())
-        info: dict[str, Any] = {"nodes": len(program.model.graph.node), "weight_bytes": weights}
-        if record := staged.get(f"rank{rank}.engine.json"):
-            info["engine"] = json.loads(record.read_text())
-        return staged, info

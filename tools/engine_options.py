@@ -17,6 +17,7 @@ class MoeWeights(StrEnum):
 
     auto = "auto"
     external = "external"
+    all = "all"
     engine = "engine"
 
 
@@ -62,7 +63,7 @@ MoeWeightsOption = Annotated[
     typer.Option(
         "--moe_weights",
         metavar="WHERE",
-        help="Expert weights: external (bound at run time), engine (baked in) or auto.",
+        help="Expert weights: external (bound at run time), engine (baked in) or auto; all: every weight external, ranks share plans.",
         rich_help_panel=_PANEL,
     ),
 ]

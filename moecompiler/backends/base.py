@@ -37,7 +37,8 @@ class EngineLimits:
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """What an engine is built for. ``moe_weights``: ``external`` binds expert weights when the engine runs, ``engine`` bakes
+    """What an engine is built for. ``moe_weights``: ``external`` binds expert weights when the engine runs, ``all`` every weight,
+    so that ranks whose graphs differ in nothing else share a plan, ``engine`` bakes
     them into it, ``auto`` leaves it to the backend. ``compute_capabilities``: of the GPUs that a backend which builds ahead of
     time builds for (``8.9``); empty leaves that to it too. ``plugin_tactics``: names of plans that interpreted plugins are to
     have, where their op has one of that name."""
@@ -116,6 +117,20 @@ class Backend(Protocol):
     def compute_dtype(self, dtype: str) -> str:
         """The dtype an engine of ``dtype`` computes in."""
 
+    def shared_graph(self, program: Program, settings: BuildSettings) -> str | None:
+        """Fingerprint of what a rank's plan is made of, where that is none of its weights: ranks of one fingerprint share the
+        plan. None where they cannot."""
+
+    def build_shared(
+        self,
+        program: Program,
+        stem: str,
+        directory: Path,
+        settings: BuildSettings,
+        progress: Callable[[float], None],
+    ) -> dict[str, Path]:
+        """Makes the plan of a program that has a ``shared_graph``, and what else its ranks share, as ``build`` does."""
+
     def build(
         self,
         program: Program,
@@ -124,8 +139,10 @@ class Backend(Protocol):
         directory: Path,
         settings: BuildSettings,
         progress: Callable[[float], None],
+        shared: str | None = None,
     ) -> dict[str, Path]:
-        """Makes a rank's engine files in ``directory`` under temporary names (``.tmp-…``): final name → temporary path."""
+        """Makes a rank's engine files in ``directory`` under temporary names (``.tmp-…``): final name → temporary path.
+        ``shared``: the stem of what ``build_shared`` made, which is not made again then."""
 
     def load(self, directory: Path, stem: str, limits: EngineLimits, threads: int, device: int = 0) -> StageSession:
         """Loads a rank's engine; ``threads`` of the CPU for it (0: as many as there are); ``device``: which GPU, counted

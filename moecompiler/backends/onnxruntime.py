@@ -77,6 +77,19 @@ class OnnxRuntimeBackend:
     def compute_dtype(self, dtype: str) -> str:
         return "float32" if dtype == "bfloat16" else dtype
 
+    def shared_graph(self, program: Program, settings: BuildSettings) -> None:
+        """Engines are graphs, each beside its weights: there is no plan to share."""
+
+    def build_shared(
+        self,
+        program: Program,
+        stem: str,
+        directory: Path,
+        settings: BuildSettings,
+        progress: Callable[[float], None],
+    ) -> dict[str, Path]:
+        raise ValueError("backend onnxruntime has no plans that ranks share")
+
     def build(
         self,
         program: Program,
@@ -85,6 +98,7 @@ class OnnxRuntimeBackend:
         directory: Path,
         settings: BuildSettings,
         progress: Callable[[float], None],
+        shared: str | None = None,
     ) -> dict[str, Path]:
         """Writes ``stem.onnx`` and ``stem.safetensors`` under temporary names, where plugins are interpreted ``stem.engine.json``
         too; one weight is in memory at a time."""

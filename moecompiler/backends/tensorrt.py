@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
@@ -19,7 +20,7 @@ from moecompiler.backends.tensorrt_record import Made, Record, check_fits
 from moecompiler.graph import ONNX_DTYPES, Program, exchanges, floating_type
 from moecompiler.packing import pack
 from moecompiler.plugin_switches import Mode
-from moecompiler.weights import Recipe, TensorReader
+from moecompiler.weights import NO_WEIGHTS, TensorReader
 
 if TYPE_CHECKING:
     from moecompiler.backends.tensorrt_session import TensorRTSession
@@ -74,32 +75,85 @@ class TensorRTBackend:
         directory: Path,
         settings: BuildSettings,
         progress: Callable[[float], None],
+        shared: str | None = None,
     ) -> dict[str, Path]:
         """Writes ``stem.plan``, ``stem.engine.json`` (``Record``), ``stem.layers.json`` (the inspector's), ``stem.timing`` (for
         later builds), ``stem.onnx`` (what the parser read, weights by reference); with external expert weights
         ``stem.safetensors``; on the last stage ``stem.sampling``, the kernels that choose tokens; and with collectives
         ``stem.collectives``, the kernels that ranks of a node exchange by."""
+        prepared = self._prepare(program, settings)
+        names = ["engine.json", "onnx", *(["safetensors"] if prepared.bound else [])]
+        staged = {f"{stem}.{name}": temporary_path(directory / f"{stem}.{name}") for name in names}
+        if prepared.bound:
+            bound = [(staged[f"{stem}.safetensors"], prepared.bound)]
+            pack(bound, reader, lambda fraction: progress(_WEIGHTS_SHARE / 2 * fraction))
+        record = Record(
+            self._made,
+            prefill_rows(settings.limits),
+            tuple(prepared.bound),
+            dict(prepared.plugins),
+            dict(prepared.aliases),
+            shared,
+        )
+        staged[f"{stem}.engine.json"].write_text(
+            json.dumps(record.to_json() | {"notes": list(prepared.notes)}, indent=1)
+        )
+        staged[f"{stem}.onnx"].write_bytes(serialized(prepared, f"{stem}.baked"))
+        if shared is not None:
+            return staged
+        begun = _WEIGHTS_SHARE / 2 if prepared.bound else 0.0
+        return staged | self._build_plan(
+            prepared, reader, stem, directory, settings, lambda fraction: progress(begun + (1 - begun) * fraction)
+        )
+
+    def shared_graph(self, program: Program, settings: BuildSettings) -> str | None:
+        """See ``base.Backend``: where every weight is bound."""
+        if settings.moe_weights != "all":
+            return None
+        prepared = self._prepare(program, settings)
+        return None if prepared.program.weights else hashlib.sha256(serialized(prepared, "")).hexdigest()
+
+    def build_shared(
+        self,
+        program: Program,
+        stem: str,
+        directory: Path,
+        settings: BuildSettings,
+        progress: Callable[[float], None],
+    ) -> dict[str, Path]:
+        """See ``base.Backend``: of what ``build`` writes, the plan, layers, timing and kernels."""
+        return self._build_plan(self._prepare(program, settings), NO_WEIGHTS, stem, directory, settings, progress)
+
+    def _prepare(self, program: Program, settings: BuildSettings) -> Prepared:
+        return prepare(program, settings, floating_type(program), self._made.sm, self._library(), self._tidy)
+
+    def _build_plan(
+        self,
+        prepared: Prepared,
+        reader: TensorReader,
+        stem: str,
+        directory: Path,
+        settings: BuildSettings,
+        progress: Callable[[float], None],
+    ) -> dict[str, Path]:
         from moecompiler.backends.tensorrt_build import build_plan
 
-        library = self._library()
-        prepared = prepare(program, settings, floating_type(program), self._made.sm, library, self._tidy)
         if prepared.plugins:
-            library.register()
+            self._library().register()
         kernels = {
             "sampling": self._compile_sampling(prepared.program),
             "collectives": self._compile_collectives(prepared),
         }
         kept = {name: data for name, data in kernels.items() if data is not None}
-        names = ["plan", "engine.json", "layers.json", "timing", "onnx"]
-        names += [*(["safetensors"] if prepared.bound else []), *kept]
+        names = ["plan", "layers.json", "timing", *kept]
         staged = {f"{stem}.{name}": temporary_path(directory / f"{stem}.{name}") for name in names}
-        baked = temporary_path(directory / f"{stem}.baked")
+        parsed, baked = (temporary_path(directory / f"{stem}.{name}") for name in ("parsed", "baked"))
         try:
-            _write_weights(prepared, reader, baked, staged.get(f"{stem}.safetensors"), progress)
+            pack([(baked, prepared.program.weights)], reader, lambda fraction: progress(_WEIGHTS_SHARE * fraction))
             model = prepared.program.model
-            staged[f"{stem}.onnx"].write_bytes(serialized(prepared, baked.name))
+            parsed.write_bytes(serialized(prepared, baked.name))
             plan = build_plan(
-                staged[f"{stem}.onnx"],
+                parsed,
                 profiles(model.graph.input, settings.limits),
                 [node.name for node in model.graph.node],
                 kept_timings(directory),
@@ -107,18 +161,9 @@ class TensorRTBackend:
                 lambda fraction: progress(_WEIGHTS_SHARE + (1 - _WEIGHTS_SHARE) * fraction),
             )
         finally:
+            parsed.unlink(missing_ok=True)
             baked.unlink(missing_ok=True)
-        record = Record(
-            self._made,
-            prefill_rows(settings.limits),
-            tuple(prepared.bound),
-            dict(prepared.plugins),
-            dict(prepared.aliases),
-        )
         staged[f"{stem}.plan"].write_bytes(plan.data)
-        staged[f"{stem}.engine.json"].write_text(
-            json.dumps(record.to_json() | {"notes": list(prepared.notes)}, indent=1)
-        )
         staged[f"{stem}.layers.json"].write_text(plan.layers)
         staged[f"{stem}.timing"].write_bytes(plan.timing)
         for name, data in kept.items():
@@ -137,7 +182,7 @@ class TensorRTBackend:
             self._library().register()
         from moecompiler.backends.tensorrt_session import TensorRTSession
 
-        kept = {name: directory / f"{stem}.{name}" for name in ("sampling", "collectives")}
+        kept = {name: directory / f"{record.shared or stem}.{name}" for name in ("sampling", "collectives")}
         data = {name: path.read_bytes() for name, path in kept.items() if path.is_file()}
         sampling = self._library().load_sampling(data["sampling"]) if "sampling" in data else None
         collectives = self._library().load_collectives(data["collectives"]) if "collectives" in data else None
@@ -178,17 +223,3 @@ def kept_timings(directory: Path) -> list[bytes]:
 def import_tensorrt() -> Any:
     """The module. Raises: UserError where it is not installed, or does not load."""
     return import_library("tensorrt", "TensorRT", "tensorrt")
-
-
-def _write_weights(
-    prepared: Prepared,
-    reader: TensorReader,
-    baked: Path,
-    bound: Path | None,
-    progress: Callable[[float], None],
-) -> None:
-    """Baked weights go to a file that the parser maps, bound ones to the file they are bound from; one is in memory at a time."""
-    parts: list[tuple[Path, Mapping[str, Recipe]]] = [(baked, prepared.program.weights)]
-    if bound is not None:
-        parts.append((bound, prepared.bound))
-    pack(parts, reader, lambda fraction: progress(_WEIGHTS_SHARE * fraction))

@@ -44,7 +44,7 @@ class Engine:
         self.stream, self.log = Stream(), process_log()
         try:
             self.runtime: Any = trt.Runtime(self.log)
-            self.plan: Any = self._load(directory / f"{stem}.plan")
+            self.plan: Any = self._load(directory / f"{record.shared or stem}.plan")
             self.weights = load_weights(directory / f"{stem}.safetensors", record.bound)
             self.scratch = Buffer(self.plan.device_memory_size_v2, "the engine's scratch memory")
         except BaseException:

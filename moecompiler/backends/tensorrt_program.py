@@ -75,12 +75,11 @@ def prepare(
     model = program.model
     round_by_arithmetic(model)
     add_barriers(model, apart)
-    weights = inline_literals(model, program.weights)
-    bound, baked_notes = choose_bound(model, settings, weights)
+    bound, baked_notes = choose_bound(model, settings, program.weights)
+    baked = inline_literals(model, {name: each for name, each in program.weights.items() if name not in bound})
     as_bytes = codes_of_plugins(model, chosen)
     hold_as_bytes(model, as_bytes)
     make_inputs(model, bound)
-    baked = {name: recipe for name, recipe in weights.items() if name not in bound}
     slower = slower_notes(chosen.values(), settings.limits, sm)
     notes += [*baked_notes, *int4_notes, *fp8_notes, *slower]
     return Prepared(Program(model, baked), bound, chosen, aliases, tuple(notes), as_bytes)
@@ -208,8 +207,11 @@ def choose_bound(
 ) -> tuple[dict[str, Recipe], list[str]]:
     """The weights that are bound at run time, and notes; ``model`` without functions.
 
-    What a ``DequantizeLinear`` reads must be a constant (TensorRT 10.6 builds no other), and with codes go their scales.
+    What a ``DequantizeLinear`` reads must be a constant (TensorRT 10.6 builds no other), and with codes go their scales. With
+    ``all`` what is given outright is bound too: which experts and which rows of the vocabulary are a rank's.
     """
+    if settings.moe_weights == "all":
+        return _all_but_constants(model, weights)
     experts = {name: recipe for name, recipe in weights.items() if is_expert(name, recipe)}
     external = settings.moe_weights == "external"
     if not external and (settings.moe_weights != "auto" or sum(each.nbytes for each in experts.values()) < LARGE):
@@ -219,6 +221,19 @@ def choose_bound(
     bound = {name: recipe for name, recipe in experts.items() if name.rpartition(".")[0] not in constant}
     told = "--moe_weights external: quantized experts are baked into the engine, for they are read by no plugin"
     return bound, [told] if external and len(bound) < len(experts) else []
+
+
+def _all_but_constants(model: onnx.ModelProto, weights: Mapping[str, Recipe]) -> tuple[dict[str, Recipe], list[str]]:
+    """See ``choose_bound``."""
+    quantizers = ("QuantizeLinear", "DequantizeLinear")
+    read = {name for node in model.graph.node if node.op_type in quantizers for name in node.input if name in weights}
+    with_codes = {name.rpartition(".")[0] for name in read if weights[name].quantized is not None}
+    constant = {name for name, each in weights.items() if each.quantized and name.rpartition(".")[0] in with_codes}
+    bound = {name: recipe for name, recipe in weights.items() if name not in read | constant}
+    told = (
+        "--moe_weights all: quantized weights that no plugin reads are baked into the engine, so every rank has its own"
+    )
+    return bound, [told] if len(bound) < len(weights) else []
 
 
 def codes_of_plugins(model: onnx.ModelProto, chosen: Mapping[str, str]) -> frozenset[str]:

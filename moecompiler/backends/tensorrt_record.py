@@ -23,6 +23,7 @@ class Made:
 @dataclass(frozen=True)
 class Record:
     """``prefill_rows``: sequences of a prefill step. ``bound``: weights that are inputs of the engine. ``plugins``: node → op.
+    ``shared``: the stem of the plan's files, where ranks share them.
     ``aliases``: output → the input in whose place it is written. ``layers``: HF modules' nodes are named in ``STEM.layers.json``.
     """
 
@@ -31,6 +32,7 @@ class Record:
     bound: tuple[str, ...]
     plugins: dict[str, str]
     aliases: dict[str, str]
+    shared: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -41,7 +43,12 @@ class Record:
         try:
             data = json.loads(path.read_text())
             return Record(
-                Made(**data["made"]), data["prefill_rows"], tuple(data["bound"]), data["plugins"], data["aliases"]
+                Made(**data["made"]),
+                data["prefill_rows"],
+                tuple(data["bound"]),
+                data["plugins"],
+                data["aliases"],
+                data.get("shared"),
             )
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}; build the engine anew") from None

@@ -6,6 +6,7 @@ TensorRT-RTX runtime on such a card.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,11 @@ from moecompiler.atomic import temporary_path
 from moecompiler.backends.base import BuildSettings, EngineLimits
 from moecompiler.backends.libraries import import_library
 from moecompiler.backends.tensorrt_profiles import prefill_rows, profiles
-from moecompiler.backends.tensorrt_rtx_program import lower
+from moecompiler.backends.tensorrt_rtx_program import Lowered, lower
 from moecompiler.errors import UserError
 from moecompiler.graph import Program, floating_type, point_weights_at
 from moecompiler.packing import pack
-from moecompiler.weights import TensorReader
+from moecompiler.weights import NO_WEIGHTS, TensorReader
 
 if TYPE_CHECKING:
     from moecompiler.runtime.session import StageSession
@@ -78,37 +79,18 @@ class TensorRTRTXBackend:
         directory: Path,
         settings: BuildSettings,
         progress: Callable[[float], None],
+        shared: str | None = None,
     ) -> dict[str, Path]:
         """Writes ``stem.plan``, ``stem.engine.json`` (what the plan is for and how it is fed), ``stem.onnx`` (what the parser
-        read, without weights) and, with external expert weights, ``stem.safetensors``."""
-        import_tensorrt_rtx()
-        from moecompiler.backends.tensorrt_rtx_build import build_plan
-
+        read, without weights) and, with external weights, ``stem.safetensors``."""
         lowered = lower(program, settings, floating_type(program))
-        names = ["plan", "engine.json", "onnx", *(["safetensors"] if lowered.bound else [])]
+        names = ["engine.json", "onnx", *(["safetensors"] if lowered.bound else [])]
         staged = {f"{stem}.{name}": temporary_path(directory / f"{stem}.{name}") for name in names}
-        graph, baked = (temporary_path(directory / f"{stem}.{name}") for name in ("parsed", "baked"))
-        try:
-            parts = [(baked, lowered.program)]
-            if lowered.bound:
-                parts.append((staged[f"{stem}.safetensors"], Program(lowered.program.model, lowered.bound)))
-            pack(
-                [(path, part.weights) for path, part in parts],
-                reader,
-                lambda fraction: progress(_WEIGHTS_SHARE * fraction),
-            )
-            model = point_weights_at(lowered.program, baked.name).model
-            graph.write_bytes(model.SerializeToString(deterministic=True))
-            plan = build_plan(
-                graph,
-                profiles(model.graph.input, settings.limits),
-                [node.name for node in model.graph.node],
-                _capabilities(settings),
-                lambda fraction: progress(_WEIGHTS_SHARE + (1 - _WEIGHTS_SHARE) * fraction),
-            )
-        finally:
-            graph.unlink(missing_ok=True)
-            baked.unlink(missing_ok=True)
+        begun = 0.0
+        if lowered.bound:
+            begun = _WEIGHTS_SHARE / 2
+            bound = [(staged[f"{stem}.safetensors"], lowered.bound)]
+            pack(bound, reader, lambda fraction: progress(begun * fraction))
         record = {
             "compute_capabilities": _capabilities(settings),
             "tensorrt_rtx": import_tensorrt_rtx().__version__,
@@ -117,12 +99,35 @@ class TensorRTRTXBackend:
             "aliases": dict(lowered.aliases),
             "communicator": lowered.group,
             "notes": list(lowered.notes),
+            "shared": shared,
         }
-        staged[f"{stem}.onnx"].write_bytes(lowered.program.model.SerializeToString(deterministic=True))
-        staged[f"{stem}.plan"].write_bytes(plan.data)
+        staged[f"{stem}.onnx"].write_bytes(_without_weights(lowered))
         staged[f"{stem}.engine.json"].write_text(json.dumps(record, indent=1))
+        if shared is None:
+            staged |= _build_plan(
+                lowered, reader, stem, directory, settings, lambda fraction: progress(begun + (1 - begun) * fraction)
+            )
         progress(1.0)
         return staged
+
+    def shared_graph(self, program: Program, settings: BuildSettings) -> str | None:
+        """See ``base.Backend``: where every weight is bound."""
+        if settings.moe_weights != "all":
+            return None
+        lowered = lower(program, settings, floating_type(program))
+        return None if lowered.program.weights else hashlib.sha256(_without_weights(lowered)).hexdigest()
+
+    def build_shared(
+        self,
+        program: Program,
+        stem: str,
+        directory: Path,
+        settings: BuildSettings,
+        progress: Callable[[float], None],
+    ) -> dict[str, Path]:
+        """See ``base.Backend``: the plan."""
+        lowered = lower(program, settings, floating_type(program))
+        return _build_plan(lowered, NO_WEIGHTS, stem, directory, settings, progress)
 
     def load(self, directory: Path, stem: str, limits: EngineLimits, threads: int, device: int = 0) -> StageSession:
         """Raises: UserError, always."""
@@ -135,6 +140,41 @@ class TensorRTRTXBackend:
 def import_tensorrt_rtx() -> Any:
     """The module. Raises: UserError where it is not installed, or does not load."""
     return import_library("tensorrt_rtx", "TensorRT-RTX", "tensorrt-rtx")
+
+
+def _build_plan(
+    lowered: Lowered,
+    reader: TensorReader,
+    stem: str,
+    directory: Path,
+    settings: BuildSettings,
+    progress: Callable[[float], None],
+) -> dict[str, Path]:
+    import_tensorrt_rtx()
+    from moecompiler.backends.tensorrt_rtx_build import build_plan
+
+    staged = temporary_path(directory / f"{stem}.plan")
+    graph, baked = (temporary_path(directory / f"{stem}.{name}") for name in ("parsed", "baked"))
+    try:
+        pack([(baked, lowered.program.weights)], reader, lambda fraction: progress(_WEIGHTS_SHARE * fraction))
+        model = point_weights_at(lowered.program, baked.name).model
+        graph.write_bytes(model.SerializeToString(deterministic=True))
+        plan = build_plan(
+            graph,
+            profiles(model.graph.input, settings.limits),
+            [node.name for node in model.graph.node],
+            _capabilities(settings),
+            lambda fraction: progress(_WEIGHTS_SHARE + (1 - _WEIGHTS_SHARE) * fraction),
+        )
+    finally:
+        graph.unlink(missing_ok=True)
+        baked.unlink(missing_ok=True)
+    staged.write_bytes(plan.data)
+    return {f"{stem}.plan": staged}
+
+
+def _without_weights(lowered: Lowered) -> bytes:
+    return lowered.program.model.SerializeToString(deterministic=True)
 
 
 def _capabilities(settings: BuildSettings) -> tuple[str, ...]:

@@ -43,8 +43,7 @@ def lower(program: Program, settings: BuildSettings, dtype: str) -> Lowered:
     group = lower_collectives(model, dtype)
     model = mark_plugins(model, {})
     adapt_attention(model)
-    weights = inline_literals(model, program.weights)
-    bound, notes = choose_bound(model, settings, weights)
+    bound, notes = choose_bound(model, settings, program.weights)
+    baked = inline_literals(model, {name: each for name, each in program.weights.items() if name not in bound})
     make_inputs(model, bound)
-    baked = {name: recipe for name, recipe in weights.items() if name not in bound}
     return Lowered(Program(model, baked), bound, group, caches_in_place(model), tuple(notes))
