@@ -38,13 +38,14 @@ def interpret(node: str, file: str, arrays: Sequence[np.ndarray]) -> list[np.nda
 
     Raises: UserError where there is no Triton, or a kernel fails.
     """
-    pool = _shared_pool()
+    pool = shared_pool()
     try:
         return pool.submit(_run_node, node, file, list(arrays)).result()
     except UserError:
         raise
     except BrokenProcessPool:
-        _shared_pool.cache_clear()
+        if shared_pool() is pool:  # another thread may have come first
+            shared_pool.cache_clear()
         raise UserError(_failed(node, "the process died: it read or wrote beside its tensors, or was killed")) from None
     except Exception as error:
         raise UserError(_failed(node, str(error) or type(error).__name__)) from None
@@ -56,7 +57,8 @@ def _failed(node: str, why: str) -> str:
 
 
 @functools.cache
-def _shared_pool() -> ProcessPoolExecutor:
+def shared_pool() -> ProcessPoolExecutor:
+    """The processes of ``interpret``."""
     return interpreter_pool(os.cpu_count() or 1)
 
 

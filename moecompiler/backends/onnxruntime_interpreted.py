@@ -20,7 +20,7 @@ from moecompiler.backends.interpreted_node import INTERPRETED_SM, FileWeight, In
 from moecompiler.backends.onnxruntime_operators import FILE, NODE, PLUGINS_DOMAIN, plugin_operator
 from moecompiler.backends.tensorrt_program import known_shapes
 from moecompiler.errors import UserError
-from moecompiler.graph import DOMAIN, Program, is_collective
+from moecompiler.graph import COLLECTIVES, DOMAIN, FUSED_COLLECTIVES, Program
 from moecompiler.plugin_switches import Mode, PluginSwitches
 from moecompiler.weights import FLOATS, Recipe
 
@@ -73,6 +73,8 @@ def interpret_plugins(
     nodes: list[NodeProto] = []
     for node in program.model.graph.node:
         if node.name in chosen:
+            before, node = _added_up(node, types)
+            nodes += before
             nodes += _operator(node, types, program.weights, dtype, chosen_tactics[node.name], weights_file)
         else:
             nodes.append(node)
@@ -84,7 +86,7 @@ def _choose(
     model: onnx.ModelProto, switches: PluginSwitches, dtype: str, library: PluginLibrary
 ) -> tuple[dict[str, tuple[str, ...]], list[str]]:
     """The nodes that are to be plugins, with the names of their tactics, and notes."""
-    ours = [node for node in model.graph.node if node.domain == DOMAIN and not is_collective(node)]
+    ours = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type not in COLLECTIVES]
     if not ours:
         raise UserError(f"--plugins {switches}: the graph has no fused ops; compile with --pipeline plugins")
     shapes = known_shapes(model)
@@ -110,6 +112,23 @@ def _check_tactics(wanted: Sequence[str], chosen: Mapping[str, tuple[str, ...]])
     for name in wanted:
         if name not in there:
             raise UserError(f"--plugin_tactics {name}: no plugin of the graph has it; there are {', '.join(there)}")
+
+
+def _added_up(node: NodeProto, types: dict[str, int]) -> tuple[list[NodeProto], NodeProto]:
+    """An op before whose own work ranks exchange something: the exchange, and the op that is left. ``types`` gets what is between
+    them."""
+    if node.op_type not in FUSED_COLLECTIVES:
+        return [], node
+    rest = NodeProto()
+    rest.CopyFrom(node)
+    branch, total = node.input[1], f"{node.name}.total"
+    types[total] = types[branch]
+    rest.input[1], rest.op_type = total, node.op_type.removeprefix("AllReduce")
+    (group,) = (each for each in rest.attribute if each.name == "group")
+    rest.attribute.remove(group)
+    exchange = helper.make_node("AllReduce", [branch], [total], name=f"{node.name}.AllReduce", domain=DOMAIN)
+    exchange.attribute.append(group)
+    return [exchange], rest
 
 
 def _operator(

@@ -16,20 +16,26 @@ import pytest
 from programs import GRID, MAX_SEQ_LEN, Passage, Programs, Subject, run_ranks
 
 from moecompiler.backends.base import BuildSettings, EngineLimits
-from moecompiler.backends.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeSession, open_session
+from moecompiler.backends.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeSession, open_part, open_session
+from moecompiler.backends.onnxruntime_interpreted import interpret_plugins
+from moecompiler.backends.onnxruntime_lowering import lower
 from moecompiler.backends.onnxruntime_operators import plugin_nodes
 from moecompiler.backends.onnxruntime_routing import load_counting
 from moecompiler.calibration.static import with_input_scales
 from moecompiler.config import ExportOptions
 from moecompiler.errors import UserError
 from moecompiler.graph import Program
+from moecompiler.ops import add_function
 from moecompiler.passes.pipelines import named_pipelines
 from moecompiler.pipeline import run_passes
 from moecompiler.plugin_switches import parse_plugins
 from moecompiler.plugins.library import TensorRTPlugins
+from moecompiler.plugins.rmsnorm.op import ALL_REDUCE_ADD_RMS_NORM
 from moecompiler.quantization.cache import CacheQuantization
 from moecompiler.quantization.recipe import QuantizationRecipe, default_recipe
 from moecompiler.quantization.schemes import FP8, INT8, NVFP4, Format, int4
+from moecompiler.runtime.communicator import Communicator
+from moecompiler.runtime.threads import run_in_threads
 
 ALONE = GRID["one-rank"]
 LIMITS = EngineLimits(3, MAX_SEQ_LEN, MAX_SEQ_LEN, 1536)
@@ -213,3 +219,28 @@ def test_what_fails_in_a_kernel(programs: Programs, layer: Subject, short: Passa
     with pytest.raises(UserError, match=r"model.layers.0.mlp.*MoE.*\(tactic other\): build it anew"):
         run_ranks([broken], ALONE, short)
     np.testing.assert_array_equal(run_ranks([session], ALONE, short), wanted)
+
+
+def test_ranks_that_add_up_before_a_norm() -> None:
+    """An op in whose body ranks exchange something: they do, and the norm is interpreted."""
+    text = """
+        <ir_version: 10, opset_import: ["": 21, "moecompiler": 1]>
+        g (float[2, 16] r, float[2, 16] b) => (float[2, 16] y, float[2, 16] x)
+        <float[16] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}, float[2, 16] y, float[2, 16] x>
+        { ["m/Norm"] y, x = moecompiler.AllReduceAddRMSNorm<epsilon: float = 0.01, group: ints = [0, 1]>(r, b, w) }
+    """
+    model = onnx.parser.parse_model(text)
+    add_function(model, ALL_REDUCE_ADD_RMS_NORM)
+    made = interpret_plugins(Program(model), parse_plugins("on"), "float32", plugins(), "")
+    assert made.plugins == {"m/Norm": "AllReduceAddRMSNorm"}
+    r, b = np.random.default_rng(0).standard_normal((2, 2, 16)).astype(np.float32)
+
+    def run(communicator: Communicator) -> list[list[np.ndarray]]:
+        feeds = {"r": r, "b": (1 + communicator.rank) * b}
+        lowered = (lower(each).model for each in (made.program, Program(model)))
+        return [open_part(each, Path(), 1, plugins().interpret).run(None, feeds) for each in lowered]
+
+    for got, wanted in run_in_threads(2, run):
+        for mine, theirs in zip(got, wanted, strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-5)
+        np.testing.assert_allclose(got[1], r + 3 * b, rtol=1e-5)
