@@ -13,7 +13,6 @@ to other ranks' GPUs on the stream itself, before and after the graph: both side
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from moecompiler.backends.sampling_kernels import SamplingKernels
 from moecompiler.backends.tensorrt_cache import Caches
 from moecompiler.backends.tensorrt_engine import Engine
 from moecompiler.backends.tensorrt_feeds import Feeds
+from moecompiler.backends.tensorrt_link import Neighbours
 from moecompiler.backends.tensorrt_profiles import DECODE, PREFILL, bucket_of
 from moecompiler.backends.tensorrt_record import Record
 from moecompiler.backends.tensorrt_sampling import DeviceSampling
@@ -37,15 +37,9 @@ from moecompiler.runtime.session import Sampled
 
 _PREFILL = "prefill"
 _NOTHING = np.empty(0, np.float32)
-
-
-@dataclass(frozen=True)
-class _Link:
-    """See ``runtime.session.LinkedSession.link``."""
-
-    link: DeviceLink
-    source: int | None
-    to: int | None
+_MOST_CONTEXTS = (
+    64  # of decode steps, each with a graph or two: batches of every size, in parts of every size, would be more
+)
 
 
 class TensorRTSession:
@@ -79,7 +73,7 @@ class TensorRTSession:
         self._sampling = self._make_sampling(sampling, limits) if sampling is not None else None
         self._ran: set[Any] = set()
         self._batch, self._steps, self._keep_logits = 0, 0, False
-        self._link: _Link | None = None
+        self._neighbours = Neighbours()
         self._exchanges = any(map(exchanges, record.plugins.values()))
         self.collective_kernels = collectives
 
@@ -100,17 +94,19 @@ class TensorRTSession:
 
     def link(self, link: DeviceLink, source: int | None, to: int | None) -> None:
         """See ``runtime.session.LinkedSession``."""
-        self._link = _Link(link, source, to)
+        self._neighbours = Neighbours(link, source, to)
 
     def start(self, batch: int) -> None:
         """Begins a batch with an empty KV cache."""
+        if len(self._engine.contexts) > _MOST_CONTEXTS:
+            self._forget_steps()
         self._batch = batch
         self._caches.start(self._rows(batch))
 
     def step(self, x: np.ndarray, position_ids: np.ndarray, last_token_ids: np.ndarray, first: int = 0) -> np.ndarray:
         """See ``StageSession.step``."""
         result = self.run(x, position_ids, last_token_ids, first)
-        if self._link is not None and self._link.to is not None:
+        if self._neighbours.to is not None:
             return result
         if self._engine.output == "logits" and result.ndim == 3:
             result = result[np.arange(len(result)), last_token_ids]
@@ -119,7 +115,7 @@ class TensorRTSession:
     def run(self, x: np.ndarray, position_ids: np.ndarray, last_token_ids: np.ndarray, first: int = 0) -> np.ndarray:
         """The engine's first output as it is, for all rows; nothing where it goes to another GPU."""
         arrays, batch = self._named(x, position_ids, last_token_ids), len(position_ids)
-        sends = self._link is not None and self._link.to is not None
+        sends = self._neighbours.to is not None
         if position_ids.shape[1] == 1:
             feeds = self._decode_feeds(batch, first)
             feeds.upload(arrays, self._rows(batch))
@@ -196,20 +192,18 @@ class TensorRTSession:
 
     def _named(self, x: np.ndarray, position_ids: np.ndarray, last_token_ids: np.ndarray) -> dict[str, np.ndarray]:
         arrays = {"position_ids": position_ids, "last_token_ids": last_token_ids}
-        received = self._link is not None and self._link.source is not None
-        return arrays if received else arrays | {self._engine.main: x}
+        return arrays if self._neighbours.source is not None else arrays | {self._engine.main: x}
 
-    def _receive(self, feeds: Feeds, tokens: tuple[int, int]) -> None:
-        """Enqueues the reception of a step's hidden states, where they come from another GPU."""
-        if self._link is not None and self._link.source is not None:
-            name, stream = self._engine.main, self._engine.stream.handle
-            self._link.link.receive(feeds.buffers[name].pointer, feeds.nbytes(name, tokens), self._link.source, stream)
-
-    def _send(self, feeds: Feeds, tokens: tuple[int, int]) -> None:
-        """Enqueues the sending of a step's hidden states, where they go to another GPU."""
-        if self._link is not None and self._link.to is not None:
-            name, stream = self._engine.output, self._engine.stream.handle
-            self._link.link.send(feeds.buffers[name].pointer, feeds.nbytes(name, tokens), self._link.to, stream)
+    def _forget_steps(self) -> None:
+        """Lets contexts and graphs of decode steps go. Ranks have the same batches and do it together, so that a message is in a
+        graph on all of them or on none."""
+        engine = self._engine
+        engine.stream.synchronize()
+        engine.graphs.clear()
+        for key in [key for key in engine.contexts if key != _PREFILL]:
+            del engine.contexts[key]
+        self._part_feeds.clear()
+        self._ran.clear()
 
     def _sampled(self, context: Any, batch: int, first: int) -> Sampled:
         """What the decode step that was enqueued last gives."""
@@ -245,9 +239,9 @@ class TensorRTSession:
             self._prefill_feeds.bind(context, (rows, length))
             self._caches.bind(context, rows, first, row)
             self._prefill_feeds.upload(part, rows)
-            self._receive(self._prefill_feeds, (rows, length))
+            self._neighbours.receive(self._engine, self._prefill_feeds, (rows, length))
             self._engine.enqueue(_PREFILL)
-            self._send(self._prefill_feeds, (rows, length))
+            self._neighbours.send(self._engine, self._prefill_feeds, (rows, length))
             yield row, rows
             stream.synchronize()
         self._caches.advance(first)
@@ -273,7 +267,7 @@ class TensorRTSession:
             compute()
             choose()
 
-        self._receive(feeds, (rows, 1))
+        self._neighbours.receive(self._engine, feeds, (rows, 1))
         if sampling is None:
             self._run((*key, None), compute)
         elif self._exchanges:  # a message is in a graph on all ranks or on none, and one of them alone chooses
@@ -281,7 +275,7 @@ class TensorRTSession:
             self._run((rows, first, "choice", sampling.greedy), choose)
         else:
             self._run((*key, sampling.greedy), both)
-        self._send(feeds, (rows, 1))
+        self._neighbours.send(self._engine, feeds, (rows, 1))
         self._caches.advance(first)
         return context
 

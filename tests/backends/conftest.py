@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fake_session import Setting
     from programs import Programs, Subject
 
-_FAKED = tuple(f"tensorrt_{name}" for name in ("build", "engine", "cache", "feeds", "session"))
+_FAKED = tuple(f"tensorrt_{name}" for name in ("build", "engine", "cache", "feeds", "link", "session"))
 
 
 @pytest.fixture(scope="session")

@@ -80,6 +80,22 @@ def test_micro_batches(in_place: bool, samples: bool, setting: Setting, prompts:
     assert parts == {(5, 0), (3, 0), (2, 3), (2, 0), (2, 2), (1, 4)}
 
 
+def test_contexts_are_not_kept_for_ever(
+    setting: Setting, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of all sizes in parts of all sizes: memory stays as it is, and so does the text."""
+    session = setting.session(samples=True)
+    monkeypatch.setattr(sys.modules["moecompiler.backends.tensorrt_session"], "_MOST_CONTEXTS", 6)
+    wanted, kept, free = text(session, prompts).output_ids, list[int](), list[int]()
+    for _ in range(3):
+        for batch, count in ((5, 1), (5, 2), (4, 3), (3, 3), (2, 2), (5, 4)):
+            assert text(session, prompts[:batch], micro_batches=count).output_ids == wanted[:batch]
+            kept.append(len(session._engine.contexts))
+        free.append(setting.driver.free)
+    assert max(kept) <= 6 + 4 * 2
+    assert free[1] == free[2]
+
+
 def test_one_step_ahead(setting: Setting, prompts: list[list[int]]) -> None:
     """While the host looks at a token the next step is on its way, but none after the last; only tokens are copied."""
     session, sampler = setting.session(in_place=True, samples=True), Sampler(SamplingOptions(), 1)
