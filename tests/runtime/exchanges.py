@@ -19,6 +19,8 @@ from moecompiler.mapping import Mapping
 from moecompiler.runtime.communicator import Communicator, on_one_rank
 from moecompiler.runtime.generation import Generation, GenerationOptions, generate
 from moecompiler.runtime.mpi import abort, world
+from moecompiler.runtime.nccl import connect_nccl
+from moecompiler.runtime.nccl_library import UniqueId
 from moecompiler.runtime.sampling import SamplingOptions
 
 PROMPTS = [[5, 3, 8, 1], [7], [2, 2, 9, 11, 4, 6, 13]]
@@ -62,6 +64,33 @@ def failing() -> None:
     raise UserError("no such file")
 
 
+class Meetings:
+    """The part of NCCL by which ranks meet; notes each meeting's size, the id that it goes by, and this rank's place there."""
+
+    def __init__(self, rank: int):
+        self.rank, self.made, self.met = rank, 0, list[tuple[int, str, int]]()
+
+    def ncclGetUniqueId(self, unique: Any) -> int:
+        self.made += 1
+        unique._obj.internal = f"number {self.made} of rank {self.rank}".encode()
+        return 0
+
+    def ncclCommInitRank(self, handle: Any, size: int, unique: UniqueId, place: int) -> int:
+        self.met.append((size, unique.internal.decode(), place))
+        handle._obj.value = len(self.met)
+        return 0
+
+
+def meet_by_unique_id(communicator: Communicator) -> list[tuple[int, str, int]]:
+    """Two groups of three ranks: those of a stage, and those of a place in every stage; rank 0 is in both."""
+    groups = {0: [(0, 1), (0, 2)], 1: [(0, 1), (1,)], 2: [(2,), (0, 2)]}[communicator.rank]
+    library = Meetings(communicator.rank)
+    connect_nccl(library, communicator, groups)
+    of_rank_0 = [(2, "number 1 of rank 0", 0), (2, "number 2 of rank 0", 0)]
+    assert library.met == [of_rank_0, [(2, "number 1 of rank 0", 1)], [(2, "number 2 of rank 0", 1)]][communicator.rank]
+    return library.met
+
+
 def generation(mapping: Mapping, sampling: SamplingOptions | None = None) -> Callable[[Communicator], Generation]:
     options = GenerationOptions(9, sampling or SamplingOptions(), (17,), keep_logits=True)
     return lambda communicator: generate(ToySession(communicator, mapping), communicator, mapping, PROMPTS, options)
@@ -89,6 +118,7 @@ def die_on_one_rank(communicator: Communicator) -> None:
 
 CASES: dict[str, Callable[[Communicator], Any]] = {
     "collectives": collectives,
+    "nccl": meet_by_unique_id,
     "tp2": generation(Mapping.create(tp_size=2)),
     "pp2": generation(Mapping.create(pp_size=2)),
     "fail": fail_on_one_rank,

@@ -58,7 +58,7 @@ def assert_same(one: Any, other: Any) -> None:
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize(("case", "ranks"), [("collectives", 3), ("tp2", 2), ("pp2", 2)])
+@pytest.mark.parametrize(("case", "ranks"), [("collectives", 3), ("nccl", 3), ("tp2", 2), ("pp2", 2)])
 def test_processes_and_threads_say_the_same_bits(case: str, ranks: int, tmp_path: Path) -> None:
     run = mpirun(ranks, case, tmp_path)
     assert run.returncode == 0, run.stderr
