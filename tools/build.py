@@ -164,8 +164,9 @@ def _legacy_notes(engine: EngineFlags) -> list[str]:
             reason = "needs no plugin for matrix products and uses its own kernels"
         notes.append(f"--gemm_plugin {engine.gemm_plugin}: backend {engine.backend} {reason}")
     if engine.backend != "tensorrt":
+        why = "has no plugins" if engine.backend != "onnxruntime" else "has plugins only where --plugins says on"
         notes += [
-            f"--{option} {value}: backend {engine.backend} has no plugins, so none is used"
+            f"--{option} {value}: backend {engine.backend} {why}, so none is used"
             for option, value in asked.items()
             if value in _PLUGIN_DTYPES
         ]

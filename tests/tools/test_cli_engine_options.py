@@ -15,7 +15,7 @@ COMPILE = ("compile", "--model_dir", TINY_MIXTRAL, "--dtype", "float16", "--max_
     ("arguments", "said"),
     [
         (("--plugins", "gemm=on"), "--plugins: there is no op 'gemm'; choose from moe, attention, rmsnorm"),
-        (("--plugins", "moe@layers.3=on"), "backend onnxruntime has no plugins and runs every op's body"),
+        (("--plugin_tactics", "whole"), "--plugin_tactics whole: only interpreted plugins are told their plans"),
         (("--moe_plugin", "bfloat16"), "--moe_plugin bfloat16: the graph is float16"),
         (("--gpt_attention_plugin", "bfloat16"), "--gpt_attention_plugin bfloat16: the graph is float16"),
         (("--max_num_tokens", "100"), "--max_num_tokens 100: a step must hold a prompt of --max_input_len 127"),
