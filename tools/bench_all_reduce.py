@@ -40,7 +40,8 @@ from moecompiler.tools.spawned_ranks import results, run_spawned
 SIZES = tuple(4096 << (2 * step) for step in range(8))  # 4 KiB to 64 MiB
 WAYS = ("copy", "chosen", "one shot", "two shots", "fused", "nccl", "host")
 MOST_ONCE = 4 << 20
-_CHAIN, _LAUNCHES, _HOST_TURNS = 20, 7, 5
+_CHAIN, _LONG_CHAIN, _LONG = 20, 4, 2 << 20  # calls in a graph; of messages from so many bytes on
+_LAUNCHES, _HOST_TURNS = 5, 5
 _DTYPES = tuple(BYTES)
 
 
@@ -75,7 +76,7 @@ def measure(communicator: Communicator, dtype: str, sizes: Sequence[int], hidden
         times = {}
         for way, call in _calls(rank, nccl, nbytes, hidden, (x.pointer, y.pointer, z.pointer)).items():
             communicator.gather_objects(None)
-            times[way] = _host_time(call) if way == "host" else _graph_time(rank, call)
+            times[way] = _host_time(call) if way == "host" else _graph_time(rank, call, nbytes)
         rows.append(Row(nbytes, times))
     communicator.gather_objects(None)
     if nccl is not None:
@@ -126,14 +127,14 @@ def _calls(
     return {way: calls[way] for way in WAYS if way in calls}
 
 
-def _graph_time(rank: GpuRank, call: Callable[[], Any]) -> float:
+def _graph_time(rank: GpuRank, call: Callable[[], Any], nbytes: int) -> float:
     """Microseconds of one call of a chain in a graph, by the GPU's clock."""
-    cuda = driver()
+    cuda, length = driver(), _CHAIN if nbytes < _LONG else _LONG_CHAIN
     call()
     rank.stream.synchronize()
 
     def chain() -> None:
-        for _ in range(_CHAIN):
+        for _ in range(length):
             call()
 
     graph = rank.capture(chain)
@@ -145,7 +146,7 @@ def _graph_time(rank: GpuRank, call: Callable[[], Any]) -> float:
         checked(cuda.cuEventRecord(end, rank.stream.handle))
         rank.stream.synchronize()
         if turn > 1:
-            times.append(1000 * float(checked(cuda.cuEventElapsedTime(begin, end))) / _CHAIN)
+            times.append(1000 * float(checked(cuda.cuEventElapsedTime(begin, end))) / length)
     for event in (begin, end):
         checked(cuda.cuEventDestroy(event))
     rank.way.check()
