@@ -35,23 +35,27 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctypes
     """The library of a type's kernels, made when it is first asked for."""
     if shutil.which("g++") is None:
         pytest.skip("there is no g++ to compile the kernels for the CPU")
-    folder, here = tmp_path_factory.mktemp("emulated"), Path(__file__).parent / "emulated"
-    sources = Path(str(resources.files("moecompiler.plugins.collectives")))
+    folder = tmp_path_factory.mktemp("emulated")
 
     @functools.cache
     def library(dtype: str) -> ctypes.CDLL:
-        kernels = launch.kernels(dtype, SIZES)
-        macros = [f"-D{name}={value}" for name, value in kernels["gather"].constants]
-        macros += [f"-DCOMPILE_{name}" for name in kernels]
-        # a file beside the one that includes it is found before those of -I: so the kernels are copied to where that is ours
-        for source in (*sources.glob("*.cu*"), *here.iterdir()):
-            shutil.copy(source, folder)
-        target = folder / f"{dtype}.so"
-        flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-Wall", "-Wno-unknown-pragmas"]
-        subprocess.run(["g++", *flags, *macros, folder / "collectives.cpp", "-o", target], check=True)
-        return ctypes.CDLL(str(target))
+        return ctypes.CDLL(str(build(folder, "collectives.cpp", dtype, "-shared", "-fPIC")))
 
     return library
+
+
+def build(folder: Path, source: str, dtype: str, *flags: str) -> Path:
+    """Compiles a file of ``emulated``."""
+    kernels, here = launch.kernels(dtype, SIZES), Path(__file__).parent / "emulated"
+    macros = [f"-D{name}={value}" for name, value in kernels["gather"].constants]
+    macros += [f"-DCOMPILE_{name}" for name in kernels]
+    # a file beside the one that includes it is found before those of -I: so the kernels are copied to where that is ours
+    for each in (*Path(str(resources.files("moecompiler.plugins.collectives"))).glob("*.cu*"), *here.iterdir()):
+        shutil.copy(each, folder)
+    target = folder / f"{Path(source).stem}-{dtype}"
+    common = ("-std=c++20", "-O1", "-pthread", "-Wall", "-Wno-unknown-pragmas")
+    subprocess.run(["g++", *common, *flags, *macros, folder / source, "-o", target], check=True)
+    return target
 
 
 class Rank:
@@ -158,6 +162,15 @@ def test_norm(dtype: str, compiled: Callable[[str], ctypes.CDLL]) -> None:
             np.testing.assert_allclose(y, weight * scaled, rtol=2e-3 if dtype == "float16" else 1e-6)
 
     run_in_threads(ranks, run)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile the kernels for the CPU")
+def test_no_races(tmp_path: Path) -> None:
+    """The thread sanitizer reports accesses that no acquire and release put in order, whatever order this CPU happens to keep."""
+    program = build(tmp_path, "races.cpp", "float32", "-g", "-fsanitize=thread")
+    done = subprocess.run([program], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[:4000]
 
 
 @pytest.mark.parametrize("size", [8, 1000])

@@ -1,5 +1,6 @@
 // The kernels of `plugins/collectives` as functions of a shared library: a launch returns when it has ended.
 #include <functional>
+#include <memory>
 #include <random>
 #include <vector>
 
@@ -11,8 +12,8 @@ static void launch(int programs, const std::function<void()>& kernel) {
   std::vector<std::vector<float>> shared(programs, std::vector<float>(THREADS));
   std::vector<std::unique_ptr<std::barrier<>>> barriers;
   std::mt19937 random(std::random_device{}());
+  for (int p = 0; p < programs; p++) barriers.push_back(std::make_unique<std::barrier<>>(THREADS));
   for (int p = 0; p < programs; p++) {
-    barriers.push_back(std::make_unique<std::barrier<>>(THREADS));
     auto late = std::chrono::microseconds(random() % 300);  // programs of a GPU start in no order that one may count on
     for (int t = 0; t < THREADS; t++) {
       threads.emplace_back([&, p, t, late] {
