@@ -64,6 +64,7 @@ def bisect_plugins(
     try:
         return find_culprits(nodes, judged, state.probes, heard, state.begin, most)
     finally:
+        state.end()
         shutil.rmtree(probe_dir, ignore_errors=True)
 
 
@@ -104,7 +105,7 @@ class _State:
     """The probes made so far, in a file. What was begun and did not end took the process with it: it is unresolved."""
 
     def __init__(self, path: Path, key: str):
-        self._path, self._key = path, key
+        self._path, self._key, self._begun = path, key, False
         self.probes: list[Probe] = []
         with suppress(OSError, ValueError, KeyError, TypeError):  # what cannot be read is begun anew
             data = json.loads(path.read_text(encoding="utf-8"))
@@ -117,11 +118,17 @@ class _State:
     def begin(self, names: Iterable[str]) -> None:
         self._write([*names])
 
+    def end(self) -> None:
+        """What was begun was given up, as by an interrupt."""
+        if self._begun:
+            self._write(None)
+
     def add(self, probe: Probe) -> None:
         self.probes.append(probe)
         self._write(None)
 
     def _write(self, begun: list[str] | None) -> None:
+        self._begun = begun is not None
         # a value that is no number is text, which JSON takes
         probes = [asdict(each) | {"value": None if each.value is None else repr(each.value)} for each in self.probes]
         try:
