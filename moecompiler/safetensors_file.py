@@ -213,7 +213,7 @@ def read_into(stored: StoredTensor, start: Shape, shape: Shape, out: np.ndarray)
     if run < _LONG or not hasattr(os, "preadv"):
         return False
     strides = [math.prod(stored.shape[axis + 1 :]) * out.itemsize for axis in range(len(shape))]
-    data = memoryview(out.reshape(-1).view(np.uint8))
+    data = out.reshape(-1).view(np.uint8).data
     try:
         with stored.file.open("rb", buffering=0) as file:
             for index, outer in enumerate(np.ndindex(*shape[:split])):

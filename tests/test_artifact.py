@@ -392,3 +392,36 @@ def test_kill_at_random_moments(tmp_path: Path) -> None:
         made = done
     assert not set(build(directory, world_size=6)) & set(made)
     assert tree(directory) == whole["a"]
+
+
+def test_files_that_ranks_share(tmp_path: Path) -> None:
+    """Belong to each of them, stay as long as one of them names them, and are told to who comes later."""
+
+    def commit(writer: ArtifactWriter, rank: int, shared: dict[str, Path | None]) -> None:
+        name = f"rank{rank}.weights"
+        writer.commit_rank(rank, "key", {name: put(writer, name, "own")}, {}, shared)
+
+    with writing(tmp_path / "a", "engine", 3, {}) as writer:
+        assert writer.whole_files("x.") == []
+        with pytest.raises(ValueError, match=r"no rank has x.plan"):
+            commit(writer, 0, {"x.plan": None})
+        commit(writer, 0, {"x.plan": put(writer, "x.plan", "plan")})
+        commit(writer, 1, {"x.plan": None})
+        with pytest.raises(ValueError, match=r"x\.plan already belongs"):
+            writer.commit_rank(2, "key", {"x.plan": put(writer, "x.plan", "mine")}, {})
+        commit(writer, 2, {"y.plan": put(writer, "y.plan", "other")})
+    artifact = Artifact.open(tmp_path / "a")
+    artifact.check()
+    assert [set(artifact.rank_files(rank)) for rank in (0, 1)] == [{f"rank{r}.weights", "x.plan"} for r in (0, 1)]
+    with writing(tmp_path / "a", "engine", 3, {}) as writer:
+        assert writer.whole_files("x.") == ["x.plan"]
+        commit(writer, 0, {})  # is built otherwise now
+        commit(writer, 2, {})
+        assert (tmp_path / "a" / "x.plan").exists()
+        assert not (tmp_path / "a" / "y.plan").exists()
+        (tmp_path / "a" / "x.plan").write_text("damaged")
+        assert not writer.is_done(1, "key")
+        assert writer.whole_files("x.") == []
+        commit(writer, 0, {"x.plan": put(writer, "x.plan", "anew")})
+        commit(writer, 1, {"x.plan": None})
+    Artifact.open(tmp_path / "a").check([0, 1])

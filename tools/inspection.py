@@ -152,13 +152,21 @@ def _print_rank(console: Console, data: dict[str, Any]) -> None:
 
 
 def _print_engine(console: Console, engine: dict[str, Any]) -> None:
-    """What an engine's record says; see ``tensorrt_record.Record`` and ``onnxruntime_interpreted.Interpreted``."""
-    plugins = ", ".join(f"{op} {count}" for op, count in Counter(engine["plugins"].values()).most_common())
+    """What an engine's record says; see ``tensorrt_record.Record``, ``TensorRTRTXBackend.build`` and
+    ``onnxruntime_interpreted.Interpreted``."""
+    plugins = ", ".join(f"{op} {count}" for op, count in Counter(engine.get("plugins", {}).values()).most_common())
     if "interpreted_sm" in engine:
         tactics = ", ".join(sorted({f"{engine['plugins'][node]} {name}" for node, name in engine["tactics"].items()}))
         console.print(f"  plugins, interpreted: {plugins or 'none'}; tactics: {tactics}", highlight=False)
         return
-    made = engine["made"]
-    console.print(f"  runs on: SM {made['sm']} (built on {made['gpu']}), TensorRT {made['tensorrt']}", highlight=False)
+    if "made" in engine:
+        made = engine["made"]
+        console.print(
+            f"  runs on: SM {made['sm']} (built on {made['gpu']}), TensorRT {made['tensorrt']}", highlight=False
+        )
+    else:
+        capabilities = ", ".join(engine["compute_capabilities"])
+        console.print(f"  runs on: RTX cards of {capabilities}, TensorRT-RTX {engine['tensorrt_rtx']}", highlight=False)
     console.print(f"  plugins: {plugins or 'none'}; caches written in place: {len(engine['aliases'])}", highlight=False)
-    console.print(f"  weights bound at run time: {len(engine['bound'])}", highlight=False)
+    shared = f"; shares {engine['shared']} with ranks of the same graph" if engine.get("shared") else ""
+    console.print(f"  weights bound at run time: {len(engine['bound'])}{shared}", highlight=False)
