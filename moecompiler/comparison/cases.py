@@ -55,12 +55,11 @@ def cases_of(
         if present is not None:
             cases |= _over_a_cache(real, present, lengths)
         return cases
-    length = int(lengths[0])
-    cases["one_token"] = real | {name: _rows(real[name])[length - 1 : length] for name in names}
-    cases["ragged"] = real | {name: np.resize(_rows(real[name]), (RAGGED, real[name].shape[-1])) for name in names}
-    for case in ("one_token", "ragged"):
-        for name in names:
-            cases[case][name] = cases[case][name].reshape((1,) * (real[name].ndim - 2) + cases[case][name].shape)
+    rows = {name: _rows(real[name]) for name in names}
+    cases["one_token"] = real | {name: _shaped(_last(rows[name], int(lengths[0])), real[name]) for name in names}
+    cases["ragged"] = real | {
+        name: _shaped(np.resize(rows[name], (RAGGED, rows[name].shape[-1])), real[name]) for name in names
+    }
     if family == "moe" and "router" in real:
         cases["one_expert"] = real | {"x": rounded(_sent_to(real["x"], real["router"], top_k, local_experts), dtype)}
         cases["ties"] = real | {"router": _equal_rows(real["router"], top_k + 1)}
@@ -73,6 +72,19 @@ def _wide(array: np.ndarray) -> np.ndarray:
 
 def _rows(array: np.ndarray) -> np.ndarray:
     return array.reshape(-1, array.shape[-1])
+
+
+def _last(rows: np.ndarray, length: int) -> np.ndarray:
+    """The first sequence's last token; where there is one of each sequence, that is the first."""
+    return rows[length - 1 : length] if len(rows) >= length else rows[:1]
+
+
+def _shaped(rows: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """``[tokens, hidden]`` as ``like`` has its dims: tokens of one sequence, or sequences of one token as behind the choice of
+    each one's last."""
+    if like.ndim == 3 and like.shape[1] == 1:
+        return rows[:, None]
+    return rows.reshape((1,) * (like.ndim - 2) + rows.shape)
 
 
 def _to_denormals(arrays: Iterable[np.ndarray], dtype: str) -> float:

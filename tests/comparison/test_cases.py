@@ -89,3 +89,12 @@ def test_attention_over_a_cache() -> None:
     assert not end["past_value"][0, :, 8].any()
     assert not cases["zeros"]["query"].any()
     assert cases["zeros"]["cos"].any()
+
+
+def test_one_token_of_each_sequence() -> None:
+    """Behind the choice of each sequence's last token, tokens are sequences: so are the cases'."""
+    x = np.arange(len(LENGTHS) * 8, dtype=np.float32).reshape(len(LENGTHS), 1, 8)
+    cases = cases_of(None, {"x": x, "weight": np.ones(8, np.float32)}, "float32", lengths=LENGTHS)
+    assert cases["one_token"]["x"].shape == (1, 1, 8)
+    assert cases["ragged"]["x"].shape == (RAGGED, 1, 8)
+    assert cases["ragged"]["x"][len(LENGTHS)].tolist() == x[0].tolist() == cases["one_token"]["x"][0].tolist()
