@@ -15,7 +15,8 @@ from moecompiler.errors import UserError
 @dataclass(frozen=True)
 class MatrixRow:
     """A program of an artifact's comparison. ``artifact``: the comparison's name; ``plugins``: how many nodes run as plugins.
-    ``increase``: of the perplexity, relative to the reference's; ``rerouted``: the share of (layer, token) with any of the
+    ``reference_perplexity``: of PyTorch with the weights that this comparison's reference holds, quantized ones where the
+    artifact's are; ``increase``: of the perplexity, relative to it; ``rerouted``: the share of (layer, token) with any of the
     ``flips``. What was not measured is None. ``passed``: the whole comparison."""
 
     artifact: str
@@ -26,6 +27,7 @@ class MatrixRow:
     backend: str
     plugins: int
     perplexity: float | None
+    reference_perplexity: float | None
     increase: float | None
     mean_kl: float | None
     top1: float | None
@@ -98,6 +100,7 @@ def _row(name: str, result: Result, info: ProgramInfo) -> MatrixRow:
         info.backend,
         sum(info.plugins.values()),
         logits.perplexity if logits else None,
+        wanted if logits else None,
         logits.perplexity / wanted - 1 if logits and wanted else None,
         logits.mean_kl if logits else None,
         logits.top1 if logits else None,

@@ -29,6 +29,7 @@ def test_rows_are_the_programs() -> None:
     first, logits = matrix.rows[0], result.model.programs[0]
     assert (first.perplexity, first.mean_kl, first.top1) == (logits.perplexity, logits.mean_kl, logits.top1)
     assert first.increase == pytest.approx(logits.perplexity / result.model.reference_perplexity - 1)
+    assert first.reference_perplexity == result.model.reference_perplexity
     assert (first.flips, first.rerouted) == (
         len(result.routing.programs[0].flips),
         result.routing.programs[0].rerouted,
@@ -46,7 +47,7 @@ def test_what_was_not_measured_has_no_column() -> None:
     assert "mean KL" in page.text
     nothing = replace(result, model=None, meta=replace(result.meta, programs=()))
     assert matrix_of({"a": nothing}).rows == ()
-    assert "Divergence" not in render(matrix_of({"a": nothing}))
+    assert "Perplexity and" not in render(matrix_of({"a": nothing}))
 
 
 def test_another_text_is_said() -> None:
@@ -87,7 +88,8 @@ def test_files_and_numbers(tmp_path: Path) -> None:
     assert data["passed"] is False
     for source in page.sources():
         assert isinstance(resolve(data, source), int | float)
-    assert {f"/rows/{row}/mean_kl" for row in range(4)} <= set(page.sources("i"))
+    for key in ("mean_kl", "perplexity"):
+        assert {f"/rows/{row}/{key}" for row in range(4)} <= set(page.sources("i"))
     links = [attrs["href"] for tag, attrs in page.tags if tag == "a" and "report" in (attrs["href"] or "")]
     assert links == ["float16/report.html"] * 2 + ["int4%20%26%20more/report.html"] * 2
     said = (tmp_path / "matrix.md").read_text()

@@ -47,6 +47,25 @@ def test_linear(values: list[float], high: float) -> None:
     axis = LinearAxis.of(values)
     assert axis.high == pytest.approx(high)
     assert axis.at(axis.high / 2) == 50
+    assert axis.at(math.inf) == 100
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        ([78.42, 79.08], ["78.4", "78.6", "78.8", "79", "79.2"]),
+        ([3.4], ["3", "3.5"]),
+        ([5.0, 5.0], ["5", "5.5"]),
+        ([-1.0, 1.0, math.nan], ["-1", "-0.5", "0", "0.5", "1"]),
+        ([], ["0", "1"]),
+    ],
+)
+def test_linear_without_zero(values: list[float], ticks: list[str]) -> None:
+    axis = LinearAxis.around(values)
+    assert [tick.text for tick in axis.ticks("{:.3g}".format)] == ticks
+    assert axis.ticks(str)[0].place == 0
+    assert axis.ticks(str)[-1].place == pytest.approx(100)
+    assert all(0 <= axis.at(value) <= 100 for value in values)
 
 
 def test_ticks_of_things_side_by_side() -> None:

@@ -57,28 +57,44 @@ class LogAxis:
 
 @dataclass(frozen=True)
 class LinearAxis:
-    """From 0 to ``high``."""
+    """From ``low`` to ``high``, with a tick at each ``step``."""
 
+    low: float
     high: float
+    step: float
 
     @staticmethod
     def of(values: Iterable[float]) -> LinearAxis:
-        """To the next 1, 2 or 5 times a power of ten; what is no finite number is drawn at the end."""
+        """From 0 to the next 1, 2 or 5 times a power of ten; what is no finite number is drawn at the end."""
         most = max((value for value in values if math.isfinite(value)), default=0.0)
-        if most <= 0:
-            return LinearAxis(1.0)
-        power = 10.0 ** math.floor(math.log10(most))
-        return LinearAxis(next(step * power for step in (1, 2, 5, 10) if step * power >= most))
+        high = _round_up(most) if most > 0 else 1.0
+        return LinearAxis(0.0, high, high / 4)
+
+    @staticmethod
+    def around(values: Iterable[float]) -> LinearAxis:
+        """Between round numbers about the values, for what has no natural zero."""
+        known = [value for value in values if math.isfinite(value)] or [0.0]
+        step = _round_up((max(known) - min(known)) / 4 or abs(known[0]) / 10 or 1.0)
+        low, high = math.floor(min(known) / step), math.ceil(max(known) / step)
+        return LinearAxis(low * step, max(high, low + 1) * step, step)
 
     def at(self, value: float) -> float:
-        return 100 * min(value / self.high, 1.0) if math.isfinite(value) else 100.0
+        share = (value - self.low) / (self.high - self.low)
+        return 100 * min(share, 1.0) if math.isfinite(value) else 100.0
 
     def ticks(self, written: Callable[[float], str]) -> tuple[Tick, ...]:
-        return tuple(Tick(100 * part, written(part * self.high)) for part in (0, 0.25, 0.5, 0.75, 1))
+        values = [self.low + index * self.step for index in range(round((self.high - self.low) / self.step) + 1)]
+        return tuple(Tick(self.at(value), written(value)) for value in values)
 
     def percents(self) -> tuple[Tick, ...]:
         """Ticks for an axis of shares."""
         return self.ticks(lambda value: f"{100 * value:.3g}%")
+
+
+def _round_up(value: float) -> float:
+    """1, 2 or 5 times a power of ten, the next that is not less."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(part * power for part in (1, 2, 5, 10) if part * power >= value)
 
 
 def numbered(labels: Sequence[str], most: int = 9) -> tuple[Tick, ...]:

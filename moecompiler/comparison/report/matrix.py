@@ -45,6 +45,7 @@ class Column:
 
 COLUMNS = (
     Column("perplexity", "perplexity", lambda row: row.perplexity, fixed, bar=False),
+    Column("reference’s", "reference_perplexity", lambda row: row.reference_perplexity, fixed, bar=False),
     Column("more", "increase", lambda row: row.increase, "{:+.2%}".format, bar=False),
     Column("mean KL", "mean_kl", lambda row: row.mean_kl, figure),
     Column("top-1", "top1", lambda row: row.top1, share, bar=False),
@@ -134,7 +135,7 @@ def _cells(matrix: Matrix) -> list[list[Cell]]:
 
 def _share(column: Column, row: MatrixRow, most: float) -> float | None:
     value = column.read(row)
-    return LinearAxis(most).at(value) if column.bar and value is not None and most > 0 else None
+    return LinearAxis(0.0, most, most).at(value) if column.bar and value is not None and most > 0 else None
 
 
 def _text(column: Column, row: MatrixRow) -> str:
@@ -143,52 +144,59 @@ def _text(column: Column, row: MatrixRow) -> str:
 
 
 def _plots(matrix: Matrix, programs: Mapping[str, Shown]) -> list[Plot | None]:
-    """What accuracy costs: time and bytes across, divergence upwards."""
+    """What accuracy costs: time and bytes across; upwards what formats lose, by perplexity, and what the arithmetic does, by its
+    divergence from a reference of the same weights."""
+    perplexity = _Axis("perplexity", "perplexity", lambda row: row.perplexity, fixed)
+    divergence = _Axis("mean KL, nats", "mean_kl", lambda row: row.mean_kl, figure, log=True)
+    time = _Axis("a decode step, ms", "decode_ms", lambda row: row.decode_ms, significant)
+    size = _Axis("weights", "weight_bytes", lambda row: row.weight_bytes, lambda value: byte_size(int(value)))
     return [
-        _plot(matrix, programs, "Divergence and time", "a decode step, ms", lambda row: row.decode_ms, significant),
-        _plot(
-            matrix,
-            programs,
-            "Divergence and size",
-            "weights, bytes",
-            lambda row: row.weight_bytes,
-            lambda value: byte_size(int(value)),
-        ),
+        _plot(matrix, programs, "Perplexity and size", size, perplexity),
+        _plot(matrix, programs, "Perplexity and time", time, perplexity),
+        _plot(matrix, programs, "Divergence and time", time, divergence),
     ]
 
 
-def _plot(
-    matrix: Matrix,
-    programs: Mapping[str, Shown],
-    title: str,
-    x_title: str,
-    read: Callable[[MatrixRow], float | None],
-    written: Callable[[float], str],
-) -> Plot | None:
+@dataclass(frozen=True)
+class _Axis:
+    """``key``: of the number in a row of ``matrix.json``."""
+
+    title: str
+    key: str
+    read: Callable[[MatrixRow], float | None]
+    written: Callable[[float], str]
+    log: bool = False
+
+
+def _plot(matrix: Matrix, programs: Mapping[str, Shown], title: str, x: _Axis, y: _Axis) -> Plot | None:
+    """None where fewer than two programs have both figures."""
     known = [
-        (index, row, x, row.mean_kl)
+        (index, row, across, upwards)
         for index, row in enumerate(matrix.rows)
-        if (x := read(row)) is not None and row.mean_kl is not None
+        if (across := x.read(row)) is not None and (upwards := y.read(row)) is not None
     ]
     if len(known) < 2:
         return None
-    across, upwards = LinearAxis.of(x for _, _, x, _ in known), LogAxis.of(kl for *_, kl in known)
+    horizontal = LinearAxis.of(across for _, _, across, _ in known)
+    values = [upwards for *_, upwards in known]
+    linear, log = LinearAxis.around(values), LogAxis.of(values)
     curves = []
     for program in programs.values():
         marks = tuple(
             Mark(
-                across.at(x),
-                upwards.at(kl),
-                pointer("rows", index, "mean_kl"),
-                f"{index + 1}: {row.artifact}, {program.title}\n{x_title}: {written(x)}\nmean KL: {figure(kl)} nats",
+                horizontal.at(across),
+                (log if y.log else linear).at(upwards),
+                pointer("rows", index, y.key),
+                f"{index + 1}: {row.artifact}, {program.title}\n{x.title}: {x.written(across)}\n{y.title}: {y.written(upwards)}",
                 label=str(index + 1),
             )
-            for index, row, x, kl in known
+            for index, row, across, upwards in known
             if row.program == program.name
         )
         curves.append(Curve(program.style, marks, line=False))
-    summary = f"{counted(len(known), 'program')}; mean KL from 1e{upwards.low} to 1e{upwards.high}"
-    return Plot(title, summary, x_title, "mean KL, nats", across.ticks(written), upwards.ticks(), tuple(curves))
+    summary = f"{counted(len(known), 'program')}, {y.title} from {y.written(min(values))} to {y.written(max(values))}"
+    ticks = log.ticks() if y.log else linear.ticks(significant)
+    return Plot(title, summary, x.title, y.title, horizontal.ticks(x.written), ticks, tuple(curves))
 
 
 def _programs(matrix: Matrix) -> dict[str, Shown]:

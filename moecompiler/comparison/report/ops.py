@@ -70,7 +70,8 @@ def op_table(level: OpLevel, programs: Mapping[str, Shown]) -> OpTable:
 
 def time_bars(level: OpLevel, programs: Mapping[str, Shown]) -> list[Bars]:
     """By op, what takes the longest first."""
-    axis = LinearAxis(max((each.milliseconds for each in level.times), default=0.0) or 1.0)
+    longest_time = max((each.milliseconds for each in level.times), default=0.0) or 1.0
+    axis = LinearAxis(0.0, longest_time, longest_time)
     found: dict[str, list[Bar]] = {}
     longest = sorted(enumerate(level.times), key=lambda pair: -pair[1].milliseconds)
     order = {name: place for place, name in enumerate(programs)}
