@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from moecompiler.comparison.nodes import OpNode, op_node
 from moecompiler.comparison.reduce_node import Tried
+from moecompiler.comparison.result import OpCase
 from moecompiler.debugging.reduced_folder import PackedReader, read_arrays, write_arrays, write_programs
 from moecompiler.debugging.seeded import SeededReader
 from moecompiler.dumps import WEIGHTS
@@ -50,6 +53,7 @@ def write_node_folder(tried: Tried, reader: TensorReader | None, facts: Mapping[
         "inputs": tried.what,
         "wrong": tried.wrong,
         "seeded_weights": reader is None,
+        "outputs": [_numbers(case) for case in tried.cases],
         **facts,
     }
     (folder / FACTS).write_text(json.dumps(told, indent=2) + "\n")
@@ -84,6 +88,15 @@ def figures(tried: Tried) -> list[str]:
     return lines
 
 
+def _numbers(case: OpCase) -> dict[str, Any]:
+    """Errors in units in the last place; what is no number is text."""
+    errors = {
+        name: {key: value if isfinite(value) else str(value) for key, value in asdict(error).items()}
+        for name, error in case.errors.items()
+    }
+    return {"output": case.output, "dtype": case.dtype, "errors": errors, "no_further": case.no_further}
+
+
 def _readme(tried: Tried, facts: Mapping[str, Any]) -> str:
     weights = "random weights of a seed, for the true ones are large" if facts["seeded_weights"] else "the true weights"
     shapes = ", ".join(f"`{name}` {list(array.shape)}" for name, array in tried.feeds.items())
@@ -103,5 +116,5 @@ def _readme(tried: Tried, facts: Mapping[str, Any]) -> str:
 | `{Path(NODE).stem}.weights.json`, `weights.safetensors` | its weights (the latter is not there where they are random) |
 | `{INPUTS}` | its inputs, by the op's names |
 | `exact.npz`, {", ".join(f"`{name}.npz`" for name in tried.got)} | what the body gives in float64, and each program |
-| `{FACTS}` | the same in numbers |
+| `{FACTS}` | what is said here, in numbers |
 """

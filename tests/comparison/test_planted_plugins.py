@@ -165,6 +165,7 @@ def test_bisection_names_the_node_and_its_folder_reproduces_it(
     (folder,) = (tmp_path / "reduce").iterdir()
     facts = json.loads((folder / "plugin.json").read_text())
     assert (facts["node"], facts["wrong"], facts["backend"]) == (bug.node, True, "onnxruntime")
+    assert not all(output["no_further"] for output in facts["outputs"])
     capsys.readouterr()
     assert main(folder, []) == 1
     assert "FURTHER FROM THE TRUTH" in capsys.readouterr().out
