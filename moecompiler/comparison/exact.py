@@ -1,8 +1,8 @@
 """What an op of ours should compute: its body in float64, by ONNX Runtime.
 
-Every floating-point tensor of the body is float64, whatever its type, and so is every constant; the numbers that codes stand
-for are what ``DequantizeLinear`` makes of them in the op's own type, since that is what the codes mean; where a body rounds
-to codes, so does this.
+Every floating-point tensor of the body is float64, whatever its type, and so is every constant. Codes stand for the product of
+code and scale itself: that a body rounds it to its own type is an error of the body, and a kernel that scales sums instead does
+not make it. Where a body rounds activations to codes, so does this, for that is what is computed.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _types(model: onnx.ModelProto) -> dict[str, int]:
 def _wide_nodes(node: NodeProto, types: Mapping[str, int]) -> Iterator[NodeProto]:
     """What a node becomes."""
     if node.op_type == "DequantizeLinear":
-        yield from _dequantize(node, types)
+        yield from _dequantize(node)
         return
     wide = NodeProto()
     wide.CopyFrom(node)
@@ -135,18 +135,15 @@ def _wide_nodes(node: NodeProto, types: Mapping[str, int]) -> Iterator[NodeProto
     yield wide
 
 
-def _dequantize(node: NodeProto, types: Mapping[str, int]) -> Iterator[NodeProto]:
-    """The product of code and scale in float32, where it is exact, rounded to the scale's own type, which the codes' numbers
-    are."""
-    own = types[node.input[1]]
-    scale, product, rounded = (f"{node.output[0]}/{part}" for part in ("scale", "product", "rounded"))
+def _dequantize(node: NodeProto) -> Iterator[NodeProto]:
+    """The product of code and scale in float32: exact where the scale has 16 bits, for codes have 8 at most."""
+    scale, product = (f"{node.output[0]}/{part}" for part in ("scale", "product"))
     inner = NodeProto()
     inner.CopyFrom(node)
     inner.input[1], inner.output[0] = scale, product
     yield helper.make_node("Cast", [node.input[1]], [scale], to=TensorProto.FLOAT)
     yield inner
-    yield helper.make_node("Cast", [product], [rounded], to=own)
-    yield helper.make_node("Cast", [rounded], [node.output[0]], to=_DOUBLE)
+    yield helper.make_node("Cast", [product], [node.output[0]], to=_DOUBLE)
 
 
 def _widen_constant(node: NodeProto) -> None:
