@@ -1,9 +1,10 @@
 """What Triton's interpreter (3.7) lacks, added in the process that interprets.
 
-- bfloat16: it keeps one as the bits of an unsigned integer and then multiplies and adds these as integers; where it rounds to one,
-  a carry out of the mantissa is lost; and it has no constants of the type. Here such arrays are of ml_dtypes' type, whose
+- bfloat16: it keeps one as the bits of an unsigned integer and then multiplies and adds these as integers; where it rounds to
+  one, a carry out of the mantissa is lost; and it has no constants of the type. Here such arrays are of ml_dtypes' type, whose
   arithmetic numpy knows, rounded to the nearest even as on the GPU.
-- Speed: it replaces the functions of ``triton.language`` again whenever a kernel calls a function.
+- Speed: it replaces the functions of ``triton.language`` again whenever a kernel calls a function, and looks whether sums of
+  integers overflow, which a GPU does not.
 - On a GPU, overflow and undefined operations give infinity and NaN without a word.
 
 ``triton`` is imported with this module: only where ``TRITON_INTERPRET`` is set.
@@ -12,6 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -27,6 +29,8 @@ def mend() -> None:
     np.seterr(all="ignore")
     _mend_bfloat16()
     _patch_once()
+    options = interpreter.interpreter_builder.options
+    interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
 
 
 def _mend_bfloat16() -> None:
