@@ -30,8 +30,7 @@ def lower_with_rounding(program: Program) -> Program:
     weights = {tensor.name for tensor in model.graph.initializer if tensor.data_type in _NARROW}
     nodes = [helper.make_node("Cast", [name], [f"{name}/wide"], f"{name}/wide", to=_WIDE) for name in sorted(weights)]
     _set_nodes(model, [*nodes, *(_wide(node, weights) for node in model.graph.node)])
-    del model.graph.value_info[:]
-    for value in (*model.graph.input, *model.graph.output):
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         if value.type.tensor_type.elem_type in _NARROW:
             value.type.tensor_type.elem_type = _WIDE
     lowered = lower(Program(model, program.weights))
