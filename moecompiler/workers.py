@@ -50,13 +50,15 @@ def run_ranks(
     on_result: Callable[[Item, Result], None] | None = None,
     threads_per_worker: int | None = None,
     console: Console | None = None,
+    placed: Callable[[int], Callable[[Item, ProgressFn], Result]] | None = None,
 ) -> dict[Item, Result]:
     """Runs ``task(item, progress)`` for each of ``items`` (ranks, or labels) and returns the results in their order.
 
     With one worker or one item it all happens here. Otherwise each item gets a fresh process, ``workers`` at a time; task,
     results and errors must be picklable, and each process gets ``threads_per_worker`` threads for mathematics (the CPUs
-    shared out). ``on_result`` is called here, as each result arrives. What takes over a second shows a bar per item, named
-    by ``describe``, on ``console`` (stderr), if that is a terminal.
+    shared out). ``placed(place)`` is the task of the worker in that place, 0 to ``workers - 1``: of those that run at one
+    time each has another. ``on_result`` is called here, as each result arrives. What takes over a second shows a bar per item,
+    named by ``describe``, on ``console`` (stderr), if that is a terminal.
 
     Raises: the first error of a task, after the other processes have ended: a UserError with the item named, another
     error with the worker's traceback as a note. UserError where a worker was killed. What ``on_result`` raises.
@@ -75,10 +77,11 @@ def run_ranks(
     workers = min(workers, len(items))
     with _bars(describe, items, console) as show:
         if workers <= 1:
-            _run_here(task, items, show, finish)
+            _run_here(placed(0) if placed else task, items, show, finish)
         else:
             threads = threads_per_worker or max(1, _usable_cpus() // workers)
-            _run_spawned(pickle.dumps(task), items, workers, threads, show, finish)
+            tasks = [pickle.dumps(placed(place) if placed else task) for place in range(workers)]
+            _run_spawned(tasks, items, threads, show, finish)
     return {item: results[item] for item in items}
 
 
@@ -110,6 +113,7 @@ class _Worker:
     """A process and the reading end of what it sends: ("progress", fraction), then ("result", …) or ("error", …)."""
 
     item: Any
+    place: int
     process: BaseProcess
     connection: Connection
     settled: bool = False  # its result has come
@@ -121,14 +125,16 @@ class _Worker:
 
 
 def _run_spawned(
-    task: bytes, items: Sequence[Any], workers: int, threads: int, show: Show, finish: Callable[..., None]
+    tasks: Sequence[bytes], items: Sequence[Any], threads: int, show: Show, finish: Callable[..., None]
 ) -> None:
+    """``tasks``: of each place."""
     resource_tracker.ensure_running()  # starting it later would let interrupts through to the first worker
     waiting, running = deque(items), list[_Worker]()
     try:
         while waiting or running:
-            while waiting and len(running) < workers:
-                running.append(_start(task, waiting.popleft(), threads))
+            free = sorted(set(range(len(tasks))) - {worker.place for worker in running})
+            for place in free[: len(waiting)]:
+                running.append(_start(tasks[place], waiting.popleft(), place, threads))
             ready = set(wait([event for worker in running for event in worker.events]))
             for worker in list(running):
                 if ready.intersection(worker.events):
@@ -142,14 +148,14 @@ def _run_spawned(
         _end(running)
 
 
-def _start(task: bytes, item: int | str, threads: int) -> _Worker:
+def _start(task: bytes, item: int | str, place: int, threads: int) -> _Worker:
     context = multiprocessing.get_context("spawn")
     reading, writing = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(task, item, threads, writing), name=name_of(item), daemon=True)
     with _interrupts_blocked():
         process.start()
     writing.close()
-    return _Worker(item, process, reading)
+    return _Worker(item, place, process, reading)
 
 
 @contextmanager

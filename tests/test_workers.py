@@ -40,6 +40,24 @@ def threads(item: int, progress: ProgressFn) -> tuple[str | None, str | None]:
     return os.environ.get("OMP_NUM_THREADS"), os.environ.get("MKL_NUM_THREADS")
 
 
+class Placed:
+    """Meets the others, so that all run at one time, and tells its place."""
+
+    def __init__(self, folder: Path, place: int = -1):
+        self.folder, self.place = folder, place
+
+    def in_place(self, place: int) -> "Placed":
+        return Placed(self.folder, place)
+
+    def __call__(self, item: int, progress: ProgressFn) -> int:
+        (self.folder / str(item)).touch()
+        deadline = time.monotonic() + 30
+        while item < 2 and len(list(self.folder.iterdir())) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return self.place
+
+
 def slow(item: int, progress: ProgressFn) -> None:
     for done in range(13):
         progress(done, 13)
@@ -242,3 +260,14 @@ def test_bars_show_on_a_terminal_after_a_second(workers: int) -> None:
 def test_no_bars_for_what_is_quick_or_no_terminal() -> None:
     assert drawn(square, [0, 1], 1) == ""
     assert drawn(slow, [0], 1, terminal=False) == ""
+
+
+@pytest.mark.parametrize(("workers", "places"), [(1, {0}), (2, {0, 1})])
+def test_each_of_those_at_work_has_a_place_of_its_own(workers: int, places: set[int], tmp_path: Path) -> None:
+    if workers == 1:
+        (tmp_path / "nobody").touch()  # whom the first need not wait for
+        (tmp_path / "nothing").touch()
+    task = Placed(tmp_path)
+    found = run_ranks(task, [0, 1, 2], workers, "work", placed=task.in_place)
+    assert {found[0], found[1]} == places
+    assert set(found.values()) == places

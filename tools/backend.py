@@ -8,9 +8,11 @@ from moecompiler.graph import Program
 from moecompiler.plugins.library import TensorRTPlugins
 
 
-def open_backend(name: str) -> Backend:
-    """Raises: UserError where there is no such backend, or its library is not there."""
-    return find_backend(name, TensorRTPlugins(), tidy)
+def open_backend(name: str, device: int = 0) -> Backend:
+    """``device``: the GPU to build on, counted round.
+
+    Raises: UserError where there is no such backend, or its library is not there."""
+    return find_backend(name, TensorRTPlugins(), tidy, device)
 
 
 def tidy(program: Program) -> Program:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 
@@ -32,15 +33,15 @@ MAPPINGS = {
     "tp8": MappingFlags(tp_size=8),
     "ep8": MappingFlags(tp_size=8, moe_ep_size=8),
 }
-REPEATS = 2
+REPEATS = 3
 _BLOCK = 64 << 20
 
 
 @dataclass(frozen=True)
 class Packing:
     """``packed_bytes`` of all ranks' files in ``seconds``, and ``cp`` of these files in ``cp_seconds``. ``cached``: whether the
-    page cache held what was read. ``plain_seconds``: the same export without packing, which is not counted. All are the
-    least of ``REPEATS``, taken in turns: a shared disk's speed varies several times over from one minute to the next."""
+    page cache held what was read. ``plain_seconds``: the same export without packing, which is not counted. Seconds
+    are medians of ``REPEATS``, taken in turns: a shared disk's speed varies several times over from one minute to the next."""
 
     mapping: str
     cached: bool
@@ -120,7 +121,7 @@ def _measure(mapping: str, flags: MappingFlags, cached: bool, checkpoint: Path, 
         for done in ("packed", "copy"):
             shutil.rmtree(work / done)
     shutil.rmtree(work)
-    return Packing(mapping, cached, workers, size, min(packing), min(copying), plain)
+    return Packing(mapping, cached, workers, size, median(packing), median(copying), plain)
 
 
 def _copy(files: Iterable[Path], to: Path) -> None:

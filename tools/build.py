@@ -22,6 +22,7 @@ from moecompiler.tools.groups import grouped
 from moecompiler.tools.job import Job, check_engine_dir, code_fingerprint, ranks_asked_for
 from moecompiler.tools.optimize import DUMPS, run_optimize
 from moecompiler.tools.ranks_build import BuildRank, RankInputs, share_plans
+from moecompiler.tools.room import workers_here
 from moecompiler.workers import run_ranks
 
 _PLUGIN_DTYPES = ("float16", "bfloat16")
@@ -140,7 +141,8 @@ def run_build(
         missing = [r for r in ranks if not writer.is_done(r, keys[r])]
 
         given = RankInputs(source, output_dir, engine.backend, job.source, job.model, settings)
-        plans = share_plans(given, missing, made_by, writer, work.workers)
+        workers = workers_here("build", work.workers, len(missing), given.memory(missing) if missing else 0)
+        plans = share_plans(given, missing, made_by, writer, workers)
 
         def commit(rank: int, result: tuple[dict[str, Path], dict[str, Any]]) -> None:
             staged, info = result
@@ -149,7 +151,8 @@ def run_build(
             for note in info.get("engine", {}).get("notes", ()):
                 print(f"note: rank {rank}: {note}", file=sys.stderr)
 
-        run_ranks(BuildRank(given, plans.stems), missing, work.workers, "build", on_result=commit)
+        task = BuildRank(given, plans.stems)
+        run_ranks(task, missing, workers, "build", on_result=commit, placed=task.on_device)
         _copy_tokenizer(job, writer)
     return notes
 

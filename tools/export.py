@@ -12,6 +12,7 @@ from moecompiler.artifact_writer import writing
 from moecompiler.atomic import Staged, fingerprint, temporary_path
 from moecompiler.errors import UserError
 from moecompiler.packed import PACKED, packed_info, write_packed
+from moecompiler.room import PROCESS
 from moecompiler.tools import options as opt
 from moecompiler.tools.awq import smoothed
 from moecompiler.tools.calibration import calibrate_beside
@@ -25,6 +26,7 @@ from moecompiler.tools.flags import (
 )
 from moecompiler.tools.groups import grouped
 from moecompiler.tools.job import Job, code_fingerprint, make_job, ranks_asked_for, versions
+from moecompiler.tools.room import workers_here
 from moecompiler.workers import ProgressFn, run_ranks
 
 
@@ -79,16 +81,18 @@ def run_export(job: Job, output_dir: Path, work: WorkFlags, pack_weights: bool =
                 commit(each, None)
 
         labels = {_label(members): tuple(members) for members in by_stage.values()}
-        run_ranks(_ExportStage(job, output_dir, labels), list(labels), work.workers, "export", on_result=exported)
+        workers = workers_here("export", work.workers, len(labels), PROCESS)
+        run_ranks(_ExportStage(job, output_dir, labels), list(labels), workers, "export", on_result=exported)
         if pack_weights:
             tables = {rank: files[f"rank{rank}.weights.json"] for rank, files in graphs.items()}
-            groups = {_label(group): group for group in packing_groups(list(by_stage.values()), work.workers)}
+            workers = workers_here("pack", work.workers, len(missing), PROCESS)
+            groups = {_label(group): group for group in packing_groups(list(by_stage.values()), workers)}
 
             def packed(label: str, files: dict[int, Staged]) -> None:
                 for rank, staged in files.items():
                     commit(rank, staged)
 
-            run_ranks(_PackRanks(job, output_dir, tables, groups), list(groups), work.workers, "pack", on_result=packed)
+            run_ranks(_PackRanks(job, output_dir, tables, groups), list(groups), workers, "pack", on_result=packed)
 
 
 def packing_groups(stages: Sequence[Sequence[int]], workers: int) -> list[tuple[int, ...]]:

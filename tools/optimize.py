@@ -18,6 +18,7 @@ from moecompiler.errors import UserError
 from moecompiler.packed import packed_from
 from moecompiler.passes.selection import identity
 from moecompiler.pipeline import PassResult
+from moecompiler.room import PROCESS
 from moecompiler.tools import options as opt
 from moecompiler.tools.flags import InstrumentFlags, SelectionFlags, WorkFlags
 from moecompiler.tools.groups import grouped
@@ -25,6 +26,7 @@ from moecompiler.tools.instruments import Watcher, check_instruments, show
 from moecompiler.tools.job import Job, code_fingerprint, ranks_asked_for
 from moecompiler.tools.kv_cache import with_cache
 from moecompiler.tools.quantization import checked_recipe
+from moecompiler.tools.room import workers_here
 from moecompiler.workers import ProgressFn, run_ranks
 
 DUMPS = "passes"  # the folder for graphs between passes in the output directory
@@ -96,7 +98,8 @@ def run_optimize(
             writer.commit_rank(rank, keys[rank], result.staged, result.info | packed)
 
         task = _OptimizeRank(source, output_dir, passes, instruments, job.source, job.model)
-        done = run_ranks(task, missing, work.workers, "optimize", on_result=commit)
+        workers = workers_here("optimize", work.workers, len(missing), PROCESS)
+        done = run_ranks(task, missing, workers, "optimize", on_result=commit)
         for rank, result in done.items():  # in their order, whichever was done first
             show(result.results, result.text, instruments, _whose(rank))
 

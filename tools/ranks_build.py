@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moecompiler.artifact import Artifact
 from moecompiler.artifact_writer import ArtifactWriter
 from moecompiler.atomic import fingerprint
-from moecompiler.backends.base import BuildSettings
+from moecompiler.backends.base import Backend, BuildSettings
 from moecompiler.config import ModelConfig
 from moecompiler.errors import UserError
 from moecompiler.tools.backend import open_backend
@@ -31,6 +31,21 @@ class RankInputs:
     identity: dict[str, Any]
     model: ModelConfig
     settings: BuildSettings
+    device: int = 0  # the GPU to build on, counted round: workers that run at one time have different ones
+
+    def on_device(self, device: int) -> RankInputs:
+        return replace(self, device=device)
+
+    def open_backend(self) -> Backend:
+        return open_backend(self.backend, self.device)
+
+    def memory(self, ranks: Iterable[int]) -> int:
+        """About how many bytes of memory building one of ``ranks`` takes; those of a stage take the same."""
+        from moecompiler.graph import load_recipes
+
+        one_of_each = {self.source.rank_info(rank).get("stage"): rank for rank in ranks}.values()
+        tables = [load_recipes(self.source.directory / f"rank{rank}.weights.json") for rank in one_of_each]
+        return max((self.open_backend().build_memory(each, self.settings) for each in tables), default=0)
 
     def program(self, rank: int) -> Program:
         from moecompiler.graph import load_program
@@ -46,13 +61,16 @@ class BuildRank:
     given: RankInputs
     shared: Mapping[int, str]
 
+    def on_device(self, device: int) -> BuildRank:
+        return replace(self, given=self.given.on_device(device))
+
     def __call__(self, rank: int, progress: ProgressFn) -> tuple[dict[str, Path], dict[str, Any]]:
         from moecompiler.packed import open_rank_source
 
         given, program = self.given, self.given.program(rank)
         reader = open_rank_source(given.source.directory, given.source.rank_info(rank), given.identity, given.model)
         try:
-            staged = open_backend(given.backend).build(
+            staged = given.open_backend().build(
                 program, reader, f"rank{rank}", given.directory, given.settings, progress, self.shared.get(rank)
             )
         except OverflowError as error:
@@ -71,7 +89,7 @@ class _SharedGraph:
     given: RankInputs
 
     def __call__(self, rank: int, progress: ProgressFn) -> str | None:
-        return open_backend(self.given.backend).shared_graph(self.given.program(rank), self.given.settings)
+        return self.given.open_backend().shared_graph(self.given.program(rank), self.given.settings)
 
 
 @dataclass(frozen=True)
@@ -81,9 +99,12 @@ class _BuildPlan:
     given: RankInputs
     stems: Mapping[int, str]
 
+    def on_device(self, device: int) -> _BuildPlan:
+        return replace(self, given=self.given.on_device(device))
+
     def __call__(self, rank: int, progress: ProgressFn) -> dict[str, Path]:
         given = self.given
-        return open_backend(given.backend).build_shared(
+        return given.open_backend().build_shared(
             given.program(rank), self.stems[rank], given.directory, given.settings, progress
         )
 
@@ -116,6 +137,7 @@ def share_plans(
     first = {stem: rank for rank, stem in reversed(stems.items())}
     there = {stem: writer.whole_files(f"{stem}.") for stem in first}
     missing = sorted(rank for stem, rank in first.items() if not there[stem])
-    built = run_ranks(_BuildPlan(given, stems), missing, workers, "build the plan of")
+    task = _BuildPlan(given, stems)
+    built = run_ranks(task, missing, workers, "build the plan of", placed=task.on_device)
     files: dict[str, Mapping[str, Path | None]] = {stem: dict.fromkeys(names) for stem, names in there.items()}
     return SharedPlans(stems, files | {stems[rank]: staged for rank, staged in built.items()})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from moecompiler.graph import Program
 from moecompiler.plugin_switches import PluginSwitches
-from moecompiler.weights import TensorReader
+from moecompiler.weights import Recipe, TensorReader
 
 if TYPE_CHECKING:
     import numpy as np
@@ -116,6 +116,9 @@ class Backend(Protocol):
 
     def compute_dtype(self, dtype: str) -> str:
         """The dtype an engine of ``dtype`` computes in."""
+
+    def build_memory(self, weights: Mapping[str, Recipe], settings: BuildSettings) -> int:
+        """An estimate, from above, of the bytes of host memory that building a rank with these weights takes."""
 
     def shared_graph(self, program: Program, settings: BuildSettings) -> str | None:
         """Fingerprint of what a rank's plan is made of, where that is none of its weights: ranks of one fingerprint share the

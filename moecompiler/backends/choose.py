@@ -14,10 +14,13 @@ def backend_names() -> tuple[str, ...]:
 
 
 def find_backend(
-    name: str, plugins: PluginLibrary | None = None, tidy: Callable[[Program], Program] = lambda program: program
+    name: str,
+    plugins: PluginLibrary | None = None,
+    tidy: Callable[[Program], Program] = lambda program: program,
+    device: int = 0,
 ) -> Backend:
     """Imports a backend's library only when it is asked for; ``plugins``: what a backend with plugins may use; ``tidy``: what it
-    does to a graph in which it has inlined bodies.
+    does to a graph in which it has inlined bodies; ``device``: the GPU that it builds on, where it needs one, counted round.
 
     Raises: UserError where there is no such backend, or its library is not there.
     """
@@ -28,7 +31,7 @@ def find_backend(
     if name == "tensorrt":
         from moecompiler.backends.tensorrt import TensorRTBackend
 
-        return TensorRTBackend(plugins, tidy)
+        return TensorRTBackend(plugins, tidy, device)
     if name == "tensorrt-rtx":
         from moecompiler.backends.tensorrt_rtx import TensorRTRTXBackend
 

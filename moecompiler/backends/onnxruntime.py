@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from moecompiler.backends.onnxruntime_operators import (
 )
 from moecompiler.graph import Program, floating_type, point_weights_at
 from moecompiler.packing import pack
-from moecompiler.weights import TensorReader
+from moecompiler.room import PROCESS
+from moecompiler.weights import Recipe, TensorReader
 
 # onnxruntime-extensions registers its ops without a lock: two ranks of one process that load at once crash it
 _ONE_AT_A_TIME = threading.Lock()
@@ -76,6 +78,11 @@ class OnnxRuntimeBackend:
 
     def compute_dtype(self, dtype: str) -> str:
         return "float32" if dtype == "bfloat16" else dtype
+
+    def build_memory(self, weights: Mapping[str, Recipe], settings: BuildSettings) -> int:
+        """See ``base.Backend``: a weight is quantized whole, as float32 beside its codes and what is between."""
+        largest = max((prod(each.quantized.source.shape) for each in weights.values() if each.quantized), default=0)
+        return PROCESS + 3 * 4 * largest
 
     def shared_graph(self, program: Program, settings: BuildSettings) -> None:
         """Engines are graphs, each beside its weights: there is no plan to share."""

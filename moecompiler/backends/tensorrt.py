@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
@@ -15,12 +15,13 @@ from moecompiler.atomic import is_temporary, temporary_path
 from moecompiler.backends.base import BuildSettings, EngineLimits, PluginLibrary
 from moecompiler.backends.libraries import import_library
 from moecompiler.backends.tensorrt_profiles import prefill_rows, profiles
-from moecompiler.backends.tensorrt_program import Prepared, Tidy, prepare, serialized
+from moecompiler.backends.tensorrt_program import BUILDER_SHARE, Prepared, Tidy, baked_bytes, prepare, serialized
 from moecompiler.backends.tensorrt_record import Made, Record, check_fits
 from moecompiler.graph import ONNX_DTYPES, Program, exchanges, floating_type
 from moecompiler.packing import pack
 from moecompiler.plugin_switches import Mode
-from moecompiler.weights import NO_WEIGHTS, TensorReader
+from moecompiler.room import PROCESS
+from moecompiler.weights import NO_WEIGHTS, Recipe, TensorReader
 
 if TYPE_CHECKING:
     from moecompiler.backends.tensorrt_session import TensorRTSession
@@ -29,19 +30,21 @@ _WEIGHTS_SHARE = 0.3  # of a build's progress, the rest is the builder's
 
 
 class TensorRTBackend:
-    """See ``base.Backend``. TensorRT is imported, and a GPU looked for, when one of its methods is called."""
+    """See ``base.Backend``. TensorRT is imported, and a GPU looked for, when one of its methods is called. ``device``: number of
+    the GPU that engines are built on, counted round; that becomes the current one.
+    """
 
     name = "tensorrt"
 
-    def __init__(self, plugins: PluginLibrary | None, tidy: Tidy = lambda program: program):
-        self._plugins, self._tidy = plugins, tidy
+    def __init__(self, plugins: PluginLibrary | None, tidy: Tidy = lambda program: program, device: int = 0):
+        self._plugins, self._tidy, self._device = plugins, tidy, device
 
     @cached_property
     def _made(self) -> Made:
         from moecompiler.runtime.device import Device
 
         version = import_tensorrt().__version__
-        info = Device().info()
+        info = Device(self._device).info()
         return Made(version, info.sm, info.name, info.driver)
 
     def version(self) -> str:
@@ -105,6 +108,10 @@ class TensorRTBackend:
         return staged | self._build_plan(
             prepared, reader, stem, directory, settings, lambda fraction: progress(begun + (1 - begun) * fraction)
         )
+
+    def build_memory(self, weights: Mapping[str, Recipe], settings: BuildSettings) -> int:
+        """See ``base.Backend``."""
+        return PROCESS + int(BUILDER_SHARE * baked_bytes(weights, settings))
 
     def shared_graph(self, program: Program, settings: BuildSettings) -> str | None:
         """See ``base.Backend``: where every weight is bound."""

@@ -29,6 +29,7 @@ from moecompiler.plugin_switches import Mode, PluginSwitches
 from moecompiler.weights import NUMPY_DTYPES, Recipe, Shape
 
 AS_BYTES = (TensorProto.INT4, TensorProto.FLOAT8E4M3FN)  # TensorRT 10.6 has no INT4 inputs, of plugins or of engines
+BUILDER_SHARE = 4.25  # bytes that a builder takes for each of the weights that it bakes: see docs/tensorrt-rtx.md
 LARGE = 1 << 30  # bytes of expert weights from which on they stay out of the plan, unless told otherwise
 
 
@@ -200,6 +201,16 @@ def inline_literals(model: onnx.ModelProto, weights: Mapping[str, Recipe]) -> di
 def is_expert(name: str, recipe: Recipe) -> bool:
     """Whether a weight holds experts: ``[experts, rows, columns]``, or codes, scales or zero points of such."""
     return ".experts." in name and (len(recipe.shape) == 3 or recipe.quantized is not None)
+
+
+def baked_bytes(weights: Mapping[str, Recipe], settings: BuildSettings) -> int:
+    """About how much of a rank's weights a plan holds; what ``choose_bound`` finds has to be a constant is left out."""
+    if settings.moe_weights == "all":
+        return 0
+    sizes = {name: recipe.nbytes for name, recipe in weights.items()}
+    experts = sum(sizes[name] for name, recipe in weights.items() if is_expert(name, recipe))
+    auto = settings.moe_weights == "auto" and experts >= LARGE
+    return sum(sizes.values()) - (experts if auto or settings.moe_weights == "external" else 0)
 
 
 def choose_bound(

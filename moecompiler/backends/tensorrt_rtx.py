@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,13 @@ from moecompiler.atomic import temporary_path
 from moecompiler.backends.base import BuildSettings, EngineLimits
 from moecompiler.backends.libraries import import_library
 from moecompiler.backends.tensorrt_profiles import prefill_rows, profiles
+from moecompiler.backends.tensorrt_program import BUILDER_SHARE, baked_bytes
 from moecompiler.backends.tensorrt_rtx_program import Lowered, lower
 from moecompiler.errors import UserError
 from moecompiler.graph import Program, floating_type, point_weights_at
 from moecompiler.packing import pack
-from moecompiler.weights import NO_WEIGHTS, TensorReader
+from moecompiler.room import PROCESS
+from moecompiler.weights import NO_WEIGHTS, Recipe, TensorReader
 
 if TYPE_CHECKING:
     from moecompiler.runtime.session import StageSession
@@ -109,6 +111,10 @@ class TensorRTRTXBackend:
             )
         progress(1.0)
         return staged
+
+    def build_memory(self, weights: Mapping[str, Recipe], settings: BuildSettings) -> int:
+        """See ``base.Backend``."""
+        return PROCESS + int(BUILDER_SHARE * baked_bytes(weights, settings))
 
     def shared_graph(self, program: Program, settings: BuildSettings) -> str | None:
         """See ``base.Backend``: where every weight is bound."""
