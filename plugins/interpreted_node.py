@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -13,11 +14,14 @@ from moecompiler.backends.interpreted_node import InterpretedNode
 from moecompiler.errors import UserError
 from moecompiler.plugins.interpreted import run
 from moecompiler.plugins.interpreted_tactics import interpreted_tactics
+from moecompiler.plugins.interpreter_numbers import only_within
 from moecompiler.plugins.launch import Dims, Tactic
 from moecompiler.plugins.library import PluginOp, plugin_ops
 from moecompiler.safetensors_file import StoredTensor, read_header
 from moecompiler.weights import NUMPY_DTYPES
 
+Place: TypeAlias = tuple[int, int]
+"""An address, and bytes from there on."""
 _ALIGNMENT = 16  # of what plans promise their kernels to be multiples of it, in bytes
 # every byte before it is written: of an output NaN in all floating-point types, of the workspace no number that means anything
 _UNWRITTEN, _UNKNOWN = 0xFF, 0x7F
@@ -26,7 +30,7 @@ _UNWRITTEN, _UNKNOWN = 0xFF, 0x7F
 def run_node(text: str, file: str, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
     """See ``base.PluginLibrary.interpret``."""
     call = _Call(InterpretedNode.from_json(text))
-    weights = {index: _address(file, weight.name) for index, weight in call.node.weights.items()}
+    weights = {index: _place(file, weight.name) for index, weight in call.node.weights.items()}
     given = iter(arrays)
     held = [None if i in weights else call.held(i, next(given)) for i in range(len(call.op.spec.inputs))]
     dims = tuple(
@@ -37,8 +41,11 @@ def run_node(text: str, file: str, arrays: Sequence[np.ndarray]) -> list[np.ndar
     tactic = call.tactic(dims)
     workspace = _aligned((tactic.workspace(dims) + _ALIGNMENT,), np.dtype(np.uint8))
     workspace.fill(_UNKNOWN)
-    addresses = [weights[i] if each is None else each.ctypes.data for i, each in enumerate(held)]
-    run(tactic, tactic.launches(dims), addresses, [each.ctypes.data for each in outputs], workspace.ctypes.data)
+    inputs = [weights[i] if each is None else _place_of(each) for i, each in enumerate(held)]
+    places = [_place_of(each) for each in outputs]
+    with only_within([*inputs, *places, _place_of(workspace)]):
+        launches = tactic.launches(dims)
+        run(tactic, launches, [at for at, _ in inputs], [at for at, _ in places], workspace.ctypes.data)
     return [each.astype(np.float32) for each in outputs]
 
 
@@ -90,12 +97,16 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return room[first : first + nbytes].view(dtype).reshape(shape)
 
 
+def _place_of(array: np.ndarray) -> Place:
+    return int(array.ctypes.data), array.nbytes
+
+
 @cache
-def _address(file: str, name: str) -> int:
+def _place(file: str, name: str) -> Place:
     """Where a weight of an engine's file is in memory. ``file`` also says which file of that name it was: another one is mapped
     anew."""
     mapped, stored = _mapped(file)
-    return int(mapped.ctypes.data) + stored[name].offset
+    return int(mapped.ctypes.data) + stored[name].offset, stored[name].nbytes
 
 
 @cache

@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -48,7 +49,7 @@ def interpret(node: str, file: str, arrays: Sequence[np.ndarray]) -> list[np.nda
             shared_pool.cache_clear()
         raise UserError(_failed(node, "the process died: it read or wrote beside its tensors, or was killed")) from None
     except Exception as error:
-        raise UserError(_failed(node, str(error) or type(error).__name__)) from None
+        raise UserError(_failed(node, str(error))) from None
 
 
 def _failed(node: str, why: str) -> str:
@@ -65,7 +66,15 @@ def shared_pool() -> ProcessPoolExecutor:
 def _run_node(node: str, file: str, arrays: list[np.ndarray]) -> list[np.ndarray]:
     from moecompiler.plugins.interpreted_node import run_node
 
-    return run_node(node, file, arrays)
+    try:
+        return run_node(node, file, arrays)
+    except UserError:
+        raise
+    except Exception as error:  # the interpreter's, one within another for each function that a kernel called
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise RuntimeError(f"{type(cause).__name__}: {cause}") from None
 
 
 def check_triton() -> None:
@@ -78,6 +87,7 @@ def check_triton() -> None:
 
 def _start() -> None:
     """In a new process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the parent's to answer
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TRITON_INTERPRET"] = "1"
     from moecompiler.plugins.interpreter_numbers import mend

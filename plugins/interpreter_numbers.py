@@ -5,6 +5,7 @@
   arithmetic numpy knows, rounded to the nearest even as on the GPU.
 - Speed: it replaces the functions of ``triton.language`` again whenever a kernel calls a function, and looks whether sums of
   integers overflow, which a GPU does not.
+- A look at where kernels read and write: on a GPU, what is beside a tensor is mostly memory as well, and nothing is said.
 - On a GPU, overflow and undefined operations give infinity and NaN without a word.
 
 ``triton`` is imported with this module: only where ``TRITON_INTERPRET`` is set.
@@ -12,7 +13,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +51,7 @@ def _mend_bfloat16() -> None:
         return dtypes[element.name]
 
     def masked_load(self: Any, ptrs: Any, mask: Any, other: Any, *how: Any, **more: Any) -> Any:
+        _check_inside(self, "reads", ptrs, mask)
         kind = ptrs.get_element_ty()
         dtype = numpy_dtype(kind)
         bits = np.dtype(np.uint16) if dtype == _BFLOAT16 else dtype
@@ -56,6 +59,7 @@ def _mend_bfloat16() -> None:
         return interpreter.TensorHandle(load(ptrs.data, mask.data, rest, bits).view(dtype), kind)
 
     def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *how: Any, **more: Any) -> Any:
+        _check_inside(self, "writes", ptrs, mask)
         data = value.data.view(np.uint16) if value.data.dtype == _BFLOAT16 else value.data
         return interpreter._interpreter.store(ptrs.data, data, mask.data)
 
@@ -74,6 +78,34 @@ def _mend_bfloat16() -> None:
     interpreter._get_np_dtype, builder.get_bf16 = numpy_dtype, constant
     builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
     builder.cast_impl, builder.create_fp_to_fp = between(cast), between(convert)
+
+
+@contextmanager
+def only_within(memory: Sequence[tuple[int, int]]) -> Iterator[None]:
+    """Kernels that are run meanwhile must keep to these pieces of memory: address and bytes of each.
+
+    Raises: IndexError, within the interpreter's own error, where one does not.
+    """
+    builder = interpreter.interpreter_builder
+    builder.memory = [(address, address + nbytes) for address, nbytes in memory]
+    try:
+        yield
+    finally:
+        builder.memory = None
+
+
+def _check_inside(builder: Any, does: str, ptrs: Any, mask: Any) -> None:
+    pieces = getattr(builder, "memory", None)
+    if pieces is None:
+        return
+    used = ptrs.data[np.broadcast_to(np.asarray(mask.data), ptrs.data.shape)]
+    if used.size:
+        first, last = int(used.min()), int(used.max()) + max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
+        if not any(begin <= first and last <= end for begin, end in pieces):
+            begin, end = min(pieces, key=lambda piece: abs(piece[0] - first))
+            raise IndexError(
+                f"a kernel {does} beside its tensors: {last - first} bytes from {first - begin} on of one of {end - begin}"
+            )
 
 
 def _patch_once() -> None:

@@ -102,6 +102,18 @@ def test_more_rows_a_program(make: Any, interpreting: ProcessPoolExecutor) -> No
     assert torch.equal(*results)
 
 
+def test_beside_its_tensors() -> None:
+    """Where a kernel leaves its tensors, it is stopped there: a plan for twice the heads that there are."""
+    attributes = {"num_heads": 8, "num_kv_heads": 2, "scale": 1.0, "window": 0}
+    node = InterpretedNode("n", "Attention", attributes, "float16", "tiled").to_json()
+    rows = [np.zeros((1, 1, size), np.float32) for size in (64, 32, 32)]
+    angles, cache = np.zeros((1, 1, 1, 16), np.float32), np.zeros((1, 2, 8, 16), np.float32)
+    with pytest.raises(
+        UserError, match=r"^n: .* Attention \(tactic tiled\) failed: IndexError: a kernel (reads|writes) beside"
+    ):
+        interpret_node(node, "", [*rows, angles, angles, np.zeros((1, 1), np.float32), cache, cache])
+
+
 def test_a_process_that_dies() -> None:
     """Is said in one line; the next call has another one."""
     node = InterpretedNode("n", "RMSNorm", {"epsilon": 1e-5}, "float32", "rows").to_json()
@@ -113,5 +125,5 @@ def test_a_process_that_dies() -> None:
         interpret_node(node, "", arrays)
     (got,) = interpret_node(node, "", arrays)
     np.testing.assert_allclose(got, 1.0, rtol=1e-5)
-    with pytest.raises(UserError, match=f"{failed}RMSNorm: hidden of weight is 8, elsewhere 16"):
+    with pytest.raises(UserError, match=f"{failed}ValueError: RMSNorm: hidden of weight is 8, elsewhere 16"):
         interpret_node(node, "", [arrays[0], arrays[1][:8]])
