@@ -32,6 +32,7 @@ def bisect(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bisect:
     monkeypatch.setattr(bisection, "_key", lambda engines, source, check: check)
     monkeypatch.setattr(bisection, "flags_of", lambda engines, switches: (None, 8))
     monkeypatch.setattr(bisection, "run_build", lambda *arguments: None)
+    monkeypatch.setattr(bisection, "_other_tactics", lambda engines, probe: [])
     monkeypatch.setattr(bisection.Artifact, "open", lambda *arguments: None)
 
     def run(judge: Callable[[set[PluginNode]], Judgement], check: str = "logits") -> list[PluginNode]:

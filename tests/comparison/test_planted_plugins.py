@@ -29,7 +29,7 @@ from moecompiler.plugin_switches import PluginSwitches, parse_plugins
 from moecompiler.runtime.communicator import Alone
 from moecompiler.tools.backend import open_backend
 from moecompiler.tools.build import run_build
-from moecompiler.tools.comparison.bisection import STATE, bisect_plugins, flags_of
+from moecompiler.tools.comparison.bisection import STATE, bisect_plugins, flags_of, tactics_of
 from moecompiler.tools.comparison.node_programs import node_programs
 from moecompiler.tools.comparison.reduced import main, write_reduced
 from moecompiler.tools.flags import WorkFlags
@@ -51,11 +51,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """Engines with all plugins, what they were built from, and what engines without any say in a short run."""
     directory = tmp_path_factory.mktemp("planted")
     save_hf(directory / "model", MODEL)
-    words = ["--max_seq_len", str(TOKENS + 1), "--dtype", "float16", "--plugins", "on", "--max_batch_size", "1"]
-    folders = ["--model_dir", str(directory / "model"), "--output_dir", str(directory / "engines")]
-    assert command_line(["compile", *folders, *words]) == 0
-    engines = Artifact.open(directory / "engines", ("engine",))
-    source = Artifact.open(directory / "engines" / "optimize", ("optimize",))
+    engines, source = compiled(directory / "model", directory / "engines")
     flags, max_seq_len = flags_of(engines, parse_plugins("off"))
     run_build(source, directory / "ootb", flags, WorkFlags(), max_seq_len)
     tokens = np.random.default_rng(0).integers(0, MODEL["vocab_size"], (1, TOKENS + 1))
@@ -64,6 +60,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     plugins = sorted(engines.rank_info(0)["engine"]["plugins"].items(), reverse=True)
     nodes = {op: name for name, op in plugins}  # of the first layer: what is wrong there reaches all tokens
     return SimpleNamespace(
+        model=directory / "model",
         engines=engines,
         source=source,
         job=job,
@@ -72,6 +69,14 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         expected=logits(Artifact.open(directory / "ootb", ("engine",)), scenario),
         nodes=nodes,
     )
+
+
+def compiled(model: Path, directory: Path, *words: str) -> tuple[Artifact, Artifact]:
+    """Engines and the graphs they were built from."""
+    own = ["--max_seq_len", str(TOKENS + 1), "--dtype", "float16", "--plugins", "on", "--max_batch_size", "1"]
+    folders = ["--model_dir", str(model), "--output_dir", str(directory)]
+    assert command_line(["compile", *folders, *own, *words]) == 0
+    return Artifact.open(directory, ("engine",)), Artifact.open(directory / "optimize", ("optimize",))
 
 
 def logits(engines: Artifact, scenario: Scenario) -> np.ndarray:
@@ -214,3 +219,44 @@ def test_compare_names_it_and_goes_on_where_it_stopped(
     assert again == first  # nothing is built twice
     (folder,) = (tmp_path / "reduce").iterdir()
     assert json.loads((folder / "plugin.json").read_text())["node"] == bug.node
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mapping", ["--pp_size", "--tp_size"])
+def test_nodes_of_several_ranks(
+    built: SimpleNamespace,
+    mapping: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of one stage alone, or of all ranks of a stage at once; without the weights, which are too large here."""
+    engines, _ = compiled(built.model, tmp_path / "engines", mapping, "2")
+    plugins = {name: op for rank in range(2) for name, op in engines.rank_info(rank)["engine"]["plugins"].items()}
+    culprit = sorted(name for name, op in plugins.items() if op == "MoE")[0]
+    plant(WrongExpert(culprit, 3), monkeypatch)
+    monkeypatch.setattr("moecompiler.tools.comparison.reduced.LARGEST_WEIGHTS", 1000)
+    words = ["--level", "model", "--tokens", "24", "--prompts", "0", "--work_dir", str(tmp_path / "work"), "--json"]
+    capsys.readouterr()
+    assert command_line(["compare", str(engines.directory), *words]) == 1
+    found = json.loads(capsys.readouterr().out)["bisection"]
+    assert found["culprits"] == [culprit]
+    (folder,) = (tmp_path / "work" / "reduce").iterdir()
+    assert json.loads((folder / "plugin.json").read_text())["seeded_weights"]
+    assert not (folder / "weights.safetensors").exists()
+    assert main(folder, []) == 1
+
+
+@pytest.mark.slow
+def test_probes_have_the_plans_that_the_engines_have(built: SimpleNamespace, tmp_path: Path) -> None:
+    engines, source = compiled(built.model, tmp_path / "engines", "--plugin_tactics", "whole")
+    seen: set[str] = set()
+
+    def judge(probe: Artifact, switches: PluginSwitches) -> Judgement:
+        tactics = tactics_of(probe)
+        seen.update(tactic for node, tactic in tactics.items() if "MoE" in node)
+        return Judgement(Outcome.FAIL if built.nodes["MoE"] in tactics else Outcome.PASS)
+
+    found = bisect_plugins(engines, source, judge, "plans", tmp_path / "work")
+    assert [node.name for node in found.culprits] == [built.nodes["MoE"]]
+    assert seen == {"whole"}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import redirect_stderr, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from moecompiler.comparison.ddmin import Outcome
 from moecompiler.comparison.result import Probe
 from moecompiler.errors import UserError
 from moecompiler.graph import load_program
-from moecompiler.plugin_switches import Mode, PluginSwitches
+from moecompiler.plugin_switches import PluginSwitches
 from moecompiler.tools.build import run_build
 from moecompiler.tools.engine_options import MoeWeights
 from moecompiler.tools.flags import EngineFlags, WorkFlags
@@ -55,6 +55,8 @@ def bisect_plugins(
         flags, max_seq_len = flags_of(engines, switches)
         with redirect_stderr(io.StringIO()):  # what builds note is no news
             run_build(source, probe_dir, flags, WorkFlags(), max_seq_len)
+            if other := _other_tactics(engines, Artifact.open(probe_dir, ("engine",))):
+                run_build(source, probe_dir, replace(flags, plugin_tactics=",".join(other)), WorkFlags(), max_seq_len)
         return judge(Artifact.open(probe_dir, ("engine",)), switches)
 
     def heard(probe: Probe) -> None:
@@ -78,21 +80,37 @@ def nodes_of(engines: Artifact, source: Artifact) -> tuple[PluginNode, ...]:
 def flags_of(engines: Artifact, switches: PluginSwitches) -> tuple[EngineFlags, int]:
     """What engines were built with, but for the plugins; and their ``--max_seq_len``."""
     limits, record = engines.header["limits"], engines.rank_info(0).get("engine", {})
-    tactics = {
-        tactic
-        for node, tactic in record.get("tactics", {}).items()
-        if switches.mode(record["plugins"][node], node) is Mode.ON
-    }
     flags = EngineFlags(
         backend=engines.header["backend"],
         max_batch_size=limits["max_batch_size"],
         max_input_len=limits["max_input_len"],
         max_num_tokens=limits["max_num_tokens"],
         plugins=str(switches),
-        moe_weights=MoeWeights.external if record.get("bound") else MoeWeights.auto,
-        plugin_tactics=",".join(sorted(tactics)),
+        moe_weights=_where_weights_are(record.get("bound", ())),
     )
     return flags, limits["max_seq_len"]
+
+
+def _other_tactics(engines: Artifact, probe: Artifact) -> list[str]:
+    """The plans that interpreted nodes have in ``engines``, where a probe's have others: they were asked for by name."""
+    wanted, made = tactics_of(engines), tactics_of(probe)
+    asked = {wanted[node] for node in made}
+    return sorted(asked) if any(wanted[node] != tactic for node, tactic in made.items()) else []
+
+
+def tactics_of(engines: Artifact) -> dict[str, str]:
+    """Node → plan, of interpreted plugins of all ranks."""
+    found: dict[str, str] = {}
+    for rank in range(engines.world_size):
+        found |= engines.rank_info(rank).get("engine", {}).get("tactics", {})
+    return found
+
+
+def _where_weights_are(bound: Collection[str]) -> MoeWeights:
+    """By the names of those that are bound when an engine runs."""
+    if not bound:
+        return MoeWeights.auto
+    return MoeWeights.external if all(".experts." in name for name in bound) else MoeWeights.all
 
 
 def _key(engines: Artifact, source: Artifact, check: str) -> str:

@@ -14,7 +14,7 @@ from moecompiler.comparison.result import OOTB, PLUGINS, Bisection, Check, Probe
 from moecompiler.comparison.verdict import verdict
 from moecompiler.errors import UserError
 from moecompiler.plugin_switches import PluginSwitches
-from moecompiler.tools.comparison.bisection import bisect_plugins
+from moecompiler.tools.comparison.bisection import bisect_plugins, tactics_of
 from moecompiler.tools.comparison.measure import (
     Measuring,
     measure_layer_level,
@@ -149,18 +149,10 @@ def _reduced(measuring: Measuring, culprits: tuple[str, ...], folder: Path, told
             measuring.scenario.steps(),
             first.backend,
             folder,
-            _tactics(first),
+            tactics_of(first.engines),
             measuring.request.threads,
         )
     except UserError as error:
         measuring.notes.append(f"the culprits are known, but not reduced to folders: {error}")
         return False
     return True
-
-
-def _tactics(side: Side) -> dict[str, str]:
-    """Node → plan, of plugins whose plans are chosen by name."""
-    found: dict[str, str] = {}
-    for rank in range(side.engines.world_size):
-        found |= side.engines.rank_info(rank).get("engine", {}).get("tactics", {})
-    return found
