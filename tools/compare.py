@@ -89,9 +89,9 @@ def _compared(
         if not request.levels:
             raise UserError("--level op: compares two programs of the same graphs; give one directory")
     else:
-        chosen = engines.backend is not None
+        chosen, whole = engines.backend is not None, {*request.levels} != {"op"}
         sides = with_and_without_plugins(
-            directories[0].absolute(), request.work_dir, flags, told, chosen_backend=chosen
+            directories[0].absolute(), request.work_dir, flags, told, chosen_backend=chosen, whole=whole
         )
     layers = parse_layers(request.layers_text, sides[0].job.model.num_hidden_layers)
     measuring = prepare(sides, replace(request, layers=layers), told)

@@ -61,17 +61,10 @@ def describe(
 
 def program_info(side: Side, run: EngineRun | None, scenario: Scenario, interpreted: frozenset[str]) -> ProgramInfo:
     """Sizes are of all ranks together."""
-    files = {
-        name: record.bytes
-        for rank in range(side.engines.world_size)
-        for name, record in side.engines.rank_files(rank).items()
-    }
-    weights = sum(size for name, size in files.items() if name.endswith(".safetensors"))
-    ends = (".plan",) if side.backend == "tensorrt" else (".onnx",)
-    plan = sum(size for name, size in files.items() if name.endswith(ends))
-    timed = run is not None and side.name not in interpreted
+    plan, weights = (None, None) if side.planned is not None else _sizes(side)
+    timed = run if side.name not in interpreted else None
     batch = min(len(scenario.tokens), side.limits.max_batch_size)
-    decode = float(np.median(run.decode_s)) if timed and run is not None and run.decode_s else None
+    decode = float(np.median(timed.decode_s)) if timed is not None and timed.decode_s else None
     return ProgramInfo(
         side.name,
         side.label,
@@ -86,10 +79,19 @@ def program_info(side: Side, run: EngineRun | None, scenario: Scenario, interpre
         weights,
         side.build_seconds,
         batch,
-        1e3 * run.prefill_s if timed and run is not None else None,
+        1e3 * timed.prefill_s if timed is not None else None,
         1e3 * decode if decode is not None else None,
         batch / decode if decode else None,
     )
+
+
+def _sizes(side: Side) -> tuple[int, int]:
+    """Bytes of plans, or of graphs, and of weights apart from them."""
+    ranks = range(side.engines.world_size)
+    files = {name: record.bytes for rank in ranks for name, record in side.engines.rank_files(rank).items()}
+    ends = ".plan" if side.backend == "tensorrt" else ".onnx"
+    plan = sum(size for name, size in files.items() if name.endswith(ends))
+    return plan, sum(size for name, size in files.items() if name.endswith(".safetensors"))
 
 
 def _reference(job: Job, held: str) -> ProgramInfo:

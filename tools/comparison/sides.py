@@ -11,13 +11,16 @@ from typing import Any
 
 from moecompiler.artifact import Artifact
 from moecompiler.backends.base import EngineLimits
+from moecompiler.backends.interpreted_node import INTERPRETED_SM
+from moecompiler.backends.tensorrt_program import choose_plugins
 from moecompiler.comparison.nodes import is_op_node
 from moecompiler.comparison.result import OOTB, PLUGINS, A, B
 from moecompiler.errors import UserError
 from moecompiler.graph import load_program
 from moecompiler.passes.pipelines import PLUGINS as PLUGINS_PIPELINE
-from moecompiler.plugin_switches import PluginSwitches, parse_plugins
-from moecompiler.tools.build import run_build
+from moecompiler.plugin_switches import Mode, PluginSwitches, parse_plugins
+from moecompiler.plugins.library import TensorRTPlugins
+from moecompiler.tools.build import check_engine, resolve_limits, run_build
 from moecompiler.tools.flags import EngineFlags, InstrumentFlags, SelectionFlags, WorkFlags
 from moecompiler.tools.job import Job, check_engine_dir
 from moecompiler.tools.optimize import run_optimize
@@ -26,9 +29,19 @@ _ENGINE_STAGES, _GRAPH_STAGES = ("engine",), ("optimize", "export")
 
 
 @dataclass(frozen=True)
+class Planned:
+    """What engines that are not built would be: ``plugins``: node → op."""
+
+    backend: str
+    limits: EngineLimits
+    plugins: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Side:
     """A program of a comparison: its engines, and the optimized graphs that they were built from, None where these are not at
-    hand. ``switches``: which of its nodes are plugins; ``build_seconds``: None where the engines were there."""
+    hand. ``switches``: which of its nodes are plugins; ``build_seconds``: None where the engines were there. ``planned``:
+    where nodes alone are looked at, for which whole engines are not built; ``engines`` are then the graphs."""
 
     name: str
     label: str
@@ -36,6 +49,7 @@ class Side:
     source: Artifact | None
     switches: PluginSwitches
     build_seconds: float | None = None
+    planned: Planned | None = None
 
     @property
     def job(self) -> Job:
@@ -43,16 +57,16 @@ class Side:
 
     @property
     def limits(self) -> EngineLimits:
-        return EngineLimits(**self.engines.header["limits"])
+        return EngineLimits(**self.engines.header["limits"]) if self.planned is None else self.planned.limits
 
     @property
     def backend(self) -> str:
-        return str(self.engines.header["backend"])
+        return str(self.engines.header["backend"]) if self.planned is None else self.planned.backend
 
     @property
     def plugins(self) -> dict[str, str]:
         """Node → op, of all ranks."""
-        return self._recorded("plugins")
+        return self._recorded("plugins") if self.planned is None else self.planned.plugins
 
     @property
     def tactics(self) -> dict[str, str]:
@@ -106,10 +120,17 @@ def _optimized(export: Artifact, directory: Path) -> Artifact:
 
 
 def with_and_without_plugins(
-    directory: Path, work_dir: Path, engine: EngineFlags, told: Callable[[str], None], *, chosen_backend: bool
+    directory: Path,
+    work_dir: Path,
+    engine: EngineFlags,
+    told: Callable[[str], None],
+    *,
+    chosen_backend: bool,
+    whole: bool,
 ) -> tuple[Side, Side]:
     """Both programs from the same graphs. Engines that ``directory`` holds are taken where they are one of the two; what is
-    missing is built in ``work_dir``, with their limits. ``chosen_backend``: that of ``engine`` was asked for.
+    missing is built in ``work_dir``, with their limits, if ``whole`` engines are needed. ``chosen_backend``: that of ``engine``
+    was asked for.
 
     Raises: UserError where that cannot be.
     """
@@ -135,12 +156,36 @@ def with_and_without_plugins(
         flags = replace(engine, plugins=switches)
         if engines is not None and same and _is_built_so(engines, name, engine.plugins):
             sides.append(Side(name, directory.name, engines, source, switches_of(engines)))
+        elif not whole:
+            sides.append(_planned(name, source, flags, max_seq_len))
         else:
             sides.append(_built(name, source, work_dir / name, flags, max_seq_len, told))
     first, second = sides
     if not first.plugins:
         raise UserError(f"{directory}: none of its nodes runs as a plugin with --plugins {plugins}: nothing to compare")
     return first, second
+
+
+def _planned(name: str, source: Artifact, engine: EngineFlags, max_seq_len: int | None) -> Side:
+    """Which nodes would be plugins; checked as a build checks it."""
+    job, switches = Job.of(source), parse_plugins(engine.plugins)
+    check_engine(job, engine, max_seq_len)
+    plugins: dict[str, str] = {}
+    if switches.mode("", "") is not Mode.OFF or switches.insists:
+        sm = INTERPRETED_SM if engine.backend == "onnxruntime" else _gpu_sm()
+        for rank in range(source.world_size):
+            model = load_program(source.path(f"rank{rank}.onnx")).model
+            chosen, _ = choose_plugins(model, switches, job.export.dtype, sm, TensorRTPlugins())
+            ours = {node.name for node in model.graph.node if is_op_node(node)}
+            plugins |= {node: op for node, op in chosen.items() if node in ours}
+    planned = Planned(engine.backend, resolve_limits(job, engine, max_seq_len), plugins)
+    return Side(name, name, source, source, switches, None, planned)
+
+
+def _gpu_sm() -> int:
+    from moecompiler.runtime.device import Device
+
+    return Device().info().sm
 
 
 def _is_built_so(engines: Artifact, name: str, asked: str) -> bool:
