@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -78,11 +79,11 @@ def observed_run(
 
 
 def _put(
-    kept: dict,
-    seen: Mapping,
+    kept: dict[Any, np.ndarray],
+    seen: Mapping[Any, np.ndarray],
     positions: np.ndarray,
     valid: np.ndarray,
-    scenario: Scenario,  # type: ignore[type-arg]
+    scenario: Scenario,
 ) -> None:
     """What was seen of a step's tokens where these stand in their rows."""
     rows, columns = np.nonzero(valid)

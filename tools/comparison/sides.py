@@ -80,9 +80,9 @@ class Side:
         return found
 
 
-def open_graphs(directory: Path, work_dir: Path) -> tuple[Artifact, Artifact | None]:
-    """The optimized graphs of an artifact, with the fused ops that plugins stand for, and the engines that lie with them, if it
-    is such. Graphs without fused ops are made anew from the export, in ``work_dir``.
+def open_graphs(directory: Path, work_dir: Path) -> tuple[Artifact, Artifact | None, bool]:
+    """The optimized graphs of an artifact, with the fused ops that plugins stand for; the engines that lie with them, if it is
+    such; and whether these are of those graphs. Graphs without fused ops are made anew from the export, in ``work_dir``.
 
     Raises: UserError where there are none.
     """
