@@ -4,7 +4,7 @@
     python -m moecompiler.tools.bench_export --output build/bench-packing --only packing
 
 The checkpoints are sparse (`moecompiler.tools.sparse_checkpoint`): true names, shapes and shards, and no weight is read. Packing
-reads real numbers, of one layer of a model, and is timed beside `cp` of the file that it wrote.
+reads real numbers, of two layers of a model, and is timed beside `cp` of the files that it wrote.
 """
 
 from __future__ import annotations
