@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -20,6 +21,7 @@ from moecompiler.plugins.library import TensorRTPlugins
 from moecompiler.tools.polygraphy import __main__ as behind_plugins
 from moecompiler.tools.polygraphy import inputs, model
 from moecompiler.tools.polygraphy.runner import EngineRunner
+from moecompiler.validation.engines import Engine
 
 PAGE = TESTS.parent / "docs" / "polygraphy.md"
 SIZES = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
@@ -130,6 +132,18 @@ def test_a_rank_of_two_as_a_runner(engines: Callable[[str], Path]) -> None:
     np.testing.assert_array_equal(*np.split(outputs["logits"], 2, axis=1))
     written = np.abs(outputs["present.0.key"]).max(axis=(0, 1, 3)) > 0
     assert np.flatnonzero(written).tolist() == [0, 1, 2]
+
+
+def test_inputs_of_a_type_that_polygraphy_cannot_make_are_float32(
+    engines: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As engines of TensorRT have them, which take float32 in place of bfloat16."""
+    types = {"input_ids": np.dtype(np.int64), "past_key_values.0.key": np.dtype(ml_dtypes.bfloat16)}
+    engine = Engine(lambda example: pytest.fail("is not run"), types, object(), None)  # type: ignore[arg-type]
+    monkeypatch.setattr("moecompiler.tools.polygraphy.runner.open_engine", lambda *arguments, **options: engine)
+    with EngineRunner(str(engines("one") / "rank0.plan")) as runner:
+        metadata = runner.get_input_metadata(use_numpy_dtypes=False)
+    assert [str(each.dtype) for each in metadata.values()] == ["int64", "float32"]
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,9 @@ from moecompiler.validation.place import Arrays
 
 
 class EngineRunner(BaseRunner):
-    """``path``: ``rankN.onnx`` or ``rankN.plan`` in an engine directory. One step at a time, on inputs by the graph's names,
-    caches among them. A rank of several runs without its peers: of a sum it has its own share, and what is gathered is its own,
-    repeated.
+    """``path``: ``rankN.onnx`` or ``rankN.plan``, be it there or not, in an engine directory. One step at a time, on inputs by
+    the graph's names, caches among them. A rank of several runs without its peers: of a sum it has its own share, and what is
+    gathered is its own, repeated.
 
     Raises: PolygraphyException where it is no such file, or cannot run here.
     """
@@ -53,7 +53,9 @@ class EngineRunner(BaseRunner):
     def get_input_metadata_impl(self) -> TensorMetadata:
         metadata = TensorMetadata()
         for name, dtype in self._engine.types.items():
-            metadata.add(name, dtype=dtype, shape=self._shapes[name])
+            # Polygraphy makes no bfloat16; engines take float32 in its place
+            known = dtype if dtype.isbuiltin == 1 else np.dtype(np.float32)
+            metadata.add(name, dtype=known, shape=self._shapes[name])
         return metadata
 
     def infer_impl(self, feed_dict: Arrays) -> OrderedDict[str, np.ndarray]:
