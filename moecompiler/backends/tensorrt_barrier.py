@@ -1,9 +1,9 @@
-"""A plugin that only copies, between routing and experts that TensorRT computes itself beside plugins.
+"""A plugin that only copies, behind the sum over experts that TensorRT computes itself beside plugins.
 
-TensorRT's compiler up to 10.10 cannot build such a region (``gvn.cpp:311: CHECK(graph().ssa_validation()) failed``; TensorRT
-issue 4468, mended in 10.11): norm, routing and experts between two plugins, a rank's all-reduces among them. A graph without
-plugins is one region and builds. Of all places only this one helps: the experts' shares, ``[local experts, tokens, 1]`` float32,
-a copy of kilobytes.
+TensorRT's compiler up to 10.10 cannot build such a region (``gvn.cpp:311: CHECK(graph().ssa_validation()) failed``, or the same
+by ``ir_verifier.cpp``; TensorRT issue 4468, mended in 10.11): routing and experts between two plugins, a rank's all-reduces among
+them. A graph without plugins is one region and builds. Of all places only this one helps float16 and bfloat16: the sum,
+``[tokens, hidden]`` float32, before it is rounded.
 """
 
 from __future__ import annotations
@@ -28,22 +28,20 @@ def moe_without_plugin(model: onnx.ModelProto, chosen: Collection[str]) -> tuple
 
 
 def add_barriers(model: onnx.ModelProto, moe: Collection[str]) -> None:
-    """Puts one before each product by which the results of the experts of ``moe`` (names of inlined nodes) are weighted.
-
-    That product is the one that ``ReduceSum`` adds up over the experts; the shares are its second factor, as in ``MoE``'s body.
-    """
-    made = {output: node for node in model.graph.node for output in node.output}
-    barriers = {}
+    """Puts one behind each sum over the experts of ``moe`` (names of inlined nodes): ``ReduceSum``, in ``MoE``'s body."""
+    sums = {
+        node.output[0]: node.name.rpartition(".")[0]
+        for node in model.graph.node
+        if node.op_type == "ReduceSum" and node.name.rpartition(".")[0] in moe
+    }
+    nodes = []
     for node in model.graph.node:
-        product = made.get(node.input[0]) if node.op_type == "ReduceSum" else None
-        if product is not None and product.op_type == "Mul" and product.name.rpartition(".")[0] in moe:
-            shares = product.input[1]
-            product.input[1] = f"{shares}/apart"
-            barriers[product.name] = _barrier(product.name.rpartition(".")[0], shares, product.input[1])
-    nodes = [each for node in model.graph.node for each in (barriers.get(node.name), node) if each is not None]
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        copy = onnx.NodeProto.FromString(node.SerializeToString())
+        copy.input[:] = [f"{name}/apart" if name in sums else name for name in node.input]
+        nodes.append(copy)
+        nodes += [_barrier(sums[name], name, f"{name}/apart") for name in node.output if name in sums]
     del model.graph.node[:]
-    model.graph.node.extend(copies)
+    model.graph.node.extend(nodes)
 
 
 def _barrier(moe: str, x: str, y: str) -> onnx.NodeProto:

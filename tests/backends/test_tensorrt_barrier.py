@@ -1,4 +1,4 @@
-"""Where routing and experts are kept apart for TensorRT's compiler. No TensorRT."""
+"""Where the sum over experts is kept apart for TensorRT's compiler. No TensorRT."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def inlined(spec: OpSpec) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
-def test_one_before_the_results_are_weighted(spec: OpSpec) -> None:
-    """Between what gives each token's share of each expert and the product with the experts' results; nothing else changes."""
+def test_one_behind_the_sum_over_experts(spec: OpSpec) -> None:
+    """Between the sum and its rounding to the op's own type; nothing else changes."""
     model = inlined(spec)
     before = [node.SerializeToString() for node in model.graph.node]
     add_barriers(model, [NAME])
     (barrier,) = [node for node in model.graph.node if node.op_type == "BarrierPlugin"]
     made = {output: node for node in model.graph.node for output in node.output}
     (reader,) = [node for node in model.graph.node if barrier.output[0] in node.input]
-    assert made[barrier.input[0]].op_type == "Unsqueeze"
-    assert (reader.op_type, made[reader.input[0]].op_type) == ("Mul", "Cast")
-    reader.input[1] = barrier.input[0]
+    assert (made[barrier.input[0]].op_type, reader.op_type) == ("ReduceSum", "CastLike")
+    assert made[made[barrier.input[0]].input[0]].op_type == "Mul"
+    reader.input[0] = barrier.input[0]
     assert [node.SerializeToString() for node in model.graph.node if node.name != barrier.name] == before
     assert {each.name: helper.get_attribute_value(each) for each in barrier.attribute} == {
         "plugin_namespace": b"moecompiler",
