@@ -60,6 +60,19 @@ def test_pairs() -> None:
     assert (second.name, second.passed) == ("d", False)
 
 
+def test_rounded_activations_may_differ_as_roundings_do() -> None:
+    """By twice the smaller of both divergences from HF: what is further off itself gives no more room."""
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((2, 64, 16))
+    found = {"a-on": logits + 0.1 * rng.standard_normal(logits.shape), "a-off": logits}
+    (strict,) = pairs_of(found)
+    assert not strict.passed
+    near, far = 0.6 * strict.kl, 0.4 * strict.kl
+    assert pairs_of(found, {"a-on": near, "a-off": near})[0].passed
+    assert not pairs_of(found, {"a-on": near, "a-off": far})[0].passed
+    assert not pairs_of(found, {"a-on": near})[0].passed
+
+
 def test_prompts_are_what_every_engine_takes() -> None:
     tokens = np.arange(5 * 24).reshape(5, 24)
     short, long = EngineLimits(4, 3, 24, 200), EngineLimits(4, 64, 144, 200)

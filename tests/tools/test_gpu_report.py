@@ -78,7 +78,7 @@ def figures() -> dict[str, Any]:
                 )
                 for plugins, count in (("on", 17), ("off", 0))
             ],
-            "pairs": [asdict(bench_quantized_engines.Pair("q-fp8", 2e-3, 0.99, False))],
+            "pairs": [asdict(bench_quantized_engines.Pair("q-fp8", 2e-3, 0.99, 1e-3, False))],
         },
         "q-moe": rows(
             bench_quantized_moe.Row(
