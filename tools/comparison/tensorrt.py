@@ -97,6 +97,8 @@ class PlanProgram:
         if self._held["engine"] is None:
             raise UserError(explain("cannot load the engine it built", self._log.errors[before:], ()))
         engine = self._held["engine"]
+        # contexts never run at once
+        self._scratch = Buffer(max(1, engine.device_memory_size_v2), "the engine's scratch memory")
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         self._outputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT]
         self._inputs = [name for name in names if name not in self._outputs and name not in weights]
@@ -136,10 +138,11 @@ class PlanProgram:
         fits = (all(feeds[n].shape == shapes[0] for n, shapes in each.items()) for each in self._profiles)
         index = next((i for i, fit in enumerate(fits) if fit), 0)
         if index not in self._held:
-            context = self._held["engine"].create_execution_context()
+            context = self._held["engine"].create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
             if context is None:
                 raise UserError(explain("cannot prepare to run the engine", self._log.errors[-1:], ()))
             self._held[index] = context
+            context.set_device_memory(self._scratch.pointer, self._scratch.nbytes)
             self._check(context.set_optimization_profile_async(index, self._stream.handle))
             self._stream.synchronize()
             for name, buffer in self._held["weights"].items():
