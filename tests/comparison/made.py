@@ -120,7 +120,7 @@ def _op(numbers: np.random.Generator, layers: int, bad: bool) -> OpLevel:
                 exact = case == "zeros"
                 mine = 40.0 if wrong else 0.0 if exact else mine
                 errors = {
-                    name: Ulps(value * 9, value, math.nan if wrong else value * 5, value * 1e-3)
+                    name: Ulps(value * 9, value, math.nan if wrong else value * 5, value * 1e-3, value * 2)
                     for name, value in ((PLUGINS, mine), (OOTB, 0.0 if exact else other))
                 }
                 ratio = None if exact else mine / other

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from moecompiler.comparison.report.layers import layer_table, steepest
 from moecompiler.comparison.report.logits import continuations, histogram, replayed_rows
-from moecompiler.comparison.report.ops import op_table, time_bars
+from moecompiler.comparison.report.ops import FIGURES, op_table, time_bars
 from moecompiler.comparison.report.programs import Shown, shown
 from moecompiler.comparison.report.routing import heats
 from moecompiler.comparison.report.summary import bound, columns, headline, judged, properties
@@ -138,7 +138,7 @@ def _ops(level: OpLevel | None, programs: Mapping[str, Shown]) -> Iterator[str]:
         yield "No node was compared."
         return
     yield f"{found.failed} of {counted(len(found.rows), 'case')} further from the truth; of each op and input the worst:"
-    titles = [f"{each.title}: {what}" for each in found.programs for what in ("max", "mean", "p99")]
+    titles = [f"{each.title}: {what}" for each in found.programs for what in FIGURES]
     rows = [
         (
             *(row.case.op, row.case.case, row.case.node),

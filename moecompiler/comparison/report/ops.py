@@ -13,6 +13,8 @@ from moecompiler.comparison.report.summary import UNKNOWN
 from moecompiler.comparison.result import OpCase, OpLevel, Ulps
 from moecompiler.pages.figures import counted, significant
 
+FIGURES = ("max", "mean", "p99", "row")  # of ``Ulps``, in this order
+
 
 @dataclass(frozen=True)
 class Whisker:
@@ -25,11 +27,11 @@ class Whisker:
 
 @dataclass(frozen=True)
 class CaseRow:
-    """``errors``: of each program max, mean and p99, in units in the last place. ``source``: the case in the result."""
+    """``errors``: of each program ``FIGURES``, in units in the last place. ``source``: the case in the result."""
 
     case: OpCase
     source: str
-    errors: tuple[tuple[str, str, str], ...]
+    errors: tuple[tuple[str, ...], ...]
     ratio: str
     whisker: Whisker | None
 
@@ -107,10 +109,8 @@ def _row(case: OpCase, index: int, names: Iterable[str], axis: LogAxis) -> CaseR
     return CaseRow(case, source, errors, significant(case.ratio) + interval, whisker)
 
 
-def _errors(found: Ulps | None) -> tuple[str, str, str]:
-    if found is None:
-        return UNKNOWN, UNKNOWN, UNKNOWN
-    return significant(found.max), significant(found.mean), significant(found.p99)
+def _errors(found: Ulps | None) -> tuple[str, ...]:
+    return tuple(UNKNOWN if found is None else significant(getattr(found, key)) for key in FIGURES)
 
 
 def _badness(row: CaseRow) -> tuple[bool, float]:

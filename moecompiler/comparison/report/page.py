@@ -57,6 +57,7 @@ def render(result: Result) -> str:
         heats=routing.heats(result.routing, programs) if result.routing else [],
         margins=routing.margin_plot(result.routing, programs) if result.routing else None,
         flips=routing.listed_flips(result.routing, programs) if result.routing else [],
+        figures=ops.FIGURES,
         op_table=ops.op_table(result.op, programs) if result.op else None,
         time_bars=ops.time_bars(result.op, programs) if result.op else [],
     )
