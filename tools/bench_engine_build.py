@@ -192,6 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     engine = EngineFlags("tensorrt", options.max_batch_size, plugins=options.plugins, moe_weights=MoeWeights.external)
     try:
         job = make_job(SourceFlags(model=options.model, num_layers=options.num_layers), MappingFlags(), graph)
+        if options.work_dir is not None:
+            options.work_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=options.work_dir) as folder:
             row = build(options.model, job, engine, options.packed_layers, Path(folder))
     except UserError as error:
