@@ -89,8 +89,9 @@ def test_a_graph_with_more_outputs(
         assert [context.profile for context in engine.contexts] == [0, 1]
     ((path, profiles, _, in_place),) = faked.built
     assert not in_place
-    assert [each["input_ids"] for each in profiles] == [((2, 5),) * 3, ((2, 1),) * 3]
-    assert profiles[0]["past_key_values.0.key"][0] == feeds[0]["past_key_values.0.key"].shape
+    assert [each["input_ids"] for each in profiles] == [((1, 1), (2, 5), (4, 10)), ((1, 1), (2, 1), (4, 2))]
+    shape = feeds[0]["past_key_values.0.key"].shape
+    assert profiles[0]["past_key_values.0.key"] == ((1, *shape[1:]), shape, (4, *shape[1:]))
     assert not path.exists()
     assert not list((tmp_path / "programs").iterdir())
     del engine

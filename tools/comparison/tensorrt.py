@@ -1,4 +1,4 @@
-"""Programs as TensorRT engines of their own, built for exactly the shapes that they are run on."""
+"""Programs as TensorRT engines of their own, built for the shapes that they are run on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from moecompiler.runtime.weight_loading import load_weights
 from moecompiler.tools.backend import tidy
 from moecompiler.validation.place import Arrays
 from moecompiler.validation.runners import ModuleRunner
-from moecompiler.weights import TensorReader
+from moecompiler.weights import Shape, TensorReader
 
 _NO_LIMITS = EngineLimits(1, 1, 2, 1)  # profiles are given outright
 _TIMED_RUNS = 10
@@ -71,14 +71,24 @@ class TensorRTPrograms:
 
 
 def profiles_of(program: Program, examples: Sequence[Arrays]) -> list[Profile]:
-    """One for each set of shapes among the examples, of the inputs with a free dimension."""
-    free = [
-        value.name
+    """One for each set of shapes among the examples, of the inputs with a free dimension, and made for these. Free they remain:
+    TensorRT 10.6 does not build attention's plain operators for fixed shapes (``host_instr.cpp``: ``CHECK(0)``)."""
+    free = {
+        value.name: [not dim.HasField("dim_value") for dim in value.type.tensor_type.shape.dim]
         for value in program.model.graph.input
-        if any(not dim.HasField("dim_value") for dim in value.type.tensor_type.shape.dim)
-    ]
+    }
+    free = {name: dims for name, dims in free.items() if any(dims)}
     shapes = dict.fromkeys(tuple((name, example[name].shape) for name in free) for example in examples)
-    return [{name: (shape, shape, shape) for name, shape in each} for each in shapes]
+    return [{name: _range(shape, free[name]) for name, shape in each} for each in shapes]
+
+
+def _range(shape: Shape, free: Sequence[bool]) -> tuple[Shape, Shape, Shape]:
+    """From 1 to twice of what there is."""
+    least, most = (
+        tuple(size if not open_ else bound for size, open_, bound in zip(shape, free, bounds, strict=True))
+        for bounds in ([1] * len(shape), [2 * max(1, size) for size in shape])
+    )
+    return least, shape, most
 
 
 class PlanProgram:
@@ -135,7 +145,7 @@ class PlanProgram:
         return {name: _as_numpy(array) for name, array in found.items()}
 
     def _context(self, feeds: Arrays) -> Any:
-        fits = (all(feeds[n].shape == shapes[0] for n, shapes in each.items()) for each in self._profiles)
+        fits = (all(feeds[n].shape == typical for n, (_, typical, _) in each.items()) for each in self._profiles)
         index = next((i for i, fit in enumerate(fits) if fit), 0)
         if index not in self._held:
             context = self._held["engine"].create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
