@@ -16,6 +16,7 @@ from moecompiler.comparison.result import OpLevel
 from moecompiler.comparison.runners import BodiesOnOnnxRuntime, infer
 from moecompiler.comparison.thresholds import bounds_for
 from moecompiler.comparison.verdict import verdict
+from moecompiler.config import ExportOptions
 from moecompiler.graph import Program
 from moecompiler.materializing import Materializer
 from moecompiler.validation.place import Arrays
@@ -23,7 +24,7 @@ from moecompiler.validation.runners import ModuleRunner
 from moecompiler.validation.scenario import Scenario
 
 if TYPE_CHECKING:
-    from programs import Passage, Subject
+    from programs import Passage, Programs, Subject
 
 LAYER = 2
 
@@ -133,3 +134,27 @@ def test_capture_is_what_nodes_are_fed(
                 np.testing.assert_allclose(each.feeds[op], expected[tensor], rtol=2e-3, atol=2e-3)
     assert [each.node.op for each in captured] == ["AddRMSNorm", "Attention", "AddRMSNorm", "MoE"]
     assert captured[-1].feeds["router"].shape == (8, 128)
+
+
+@pytest.mark.slow
+def test_capture_of_several_ranks(shipped: Subject, programs: Programs, scenario: Scenario) -> None:
+    """Each stage's first rank is looked into, in its share of the model; what ranks exchange, they exchange."""
+    from programs import GRID, MAX_SEQ_LEN
+
+    from moecompiler.passes.pipelines import PLUGINS, named_pipelines
+    from moecompiler.pipeline import run_passes
+
+    mapping, options = GRID["tp2-pp2"], ExportOptions("float32", max_seq_len=MAX_SEQ_LEN)
+    exported = [programs.exported(shipped.config, mapping, rank, options) for rank in range(4)]
+    ranks = [run_passes(named_pipelines()[PLUGINS], program)[0] for program in exported]
+    names = {node.name for program in ranks for node in select(program.model, [1, 3], ["attention"])}
+    found = capture(ranks, mapping, shipped.reader, scenario.steps()[0], names)
+    assert [(each.rank, each.node.layer) for each in found] == [(0, 1), (2, 3)]
+    whole = run_passes(named_pipelines()[PLUGINS], programs.exported(shipped.config, GRID["one-rank"], 0, options))[0]
+    names = {node.name for node in select(whole.model, [1, 3], ["attention"])}
+    for mine, all_of_it in zip(
+        found, capture([whole], GRID["one-rank"], shipped.reader, scenario.steps()[0], names), strict=True
+    ):
+        query, wanted = mine.feeds["query"], all_of_it.feeds["query"]
+        np.testing.assert_allclose(query, wanted[..., : query.shape[-1]], atol=2e-4)
+        assert query.shape[-1] == wanted.shape[-1] // 2
