@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows.append(measure(case, dtype, plugins, read))
                 print(table_line(rows[-1]), flush=True)
                 write_rows(options.output, rows)
-    wrong = [row for row in rows if not row.error < LARGEST_ERROR[row.dtype]]
+    wrong = [row for row in rows if row.error is None or not row.error < LARGEST_ERROR[row.dtype]]
     print(f"{len(rows)} rows, {len(wrong)} of them wrong")
     return int(bool(wrong))
 

@@ -63,7 +63,7 @@ MoeWeightsOption = Annotated[
     typer.Option(
         "--moe_weights",
         metavar="WHERE",
-        help="Expert weights: external (bound at run time), engine (baked in) or auto; all: every weight external, ranks share plans.",
+        help="Expert weights: external (bound at run time), engine (baked in) or auto; all: every weight external, plans shared.",
         rich_help_panel=_PANEL,
     ),
 ]

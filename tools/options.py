@@ -242,6 +242,14 @@ PackWeights = Annotated[
         rich_help_panel=_WORK,
     ),
 ]
-Workers = Annotated[int, typer.Option("--workers", min=1, help="Ranks worked on in parallel, as far as cores and memory allow.", rich_help_panel=_WORK)]
+Workers = Annotated[
+    int,
+    typer.Option(
+        "--workers",
+        min=1,
+        help="Ranks worked on in parallel, as far as cores and memory allow.",
+        rich_help_panel=_WORK,
+    ),
+]
 Rank = Annotated[int | None, typer.Option("--rank", help="Only this rank.", rich_help_panel=_WORK)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

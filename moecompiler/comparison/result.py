@@ -130,8 +130,8 @@ class Stretch:
 @dataclass(frozen=True)
 class LayerErrors:
     """A program's hidden states against the reference's: ``‖a - b‖ / ‖b‖`` over the tokens of each stretch,
-    ``relative[place][stretch]``, its worst token's likewise, and how many times the error of what enters a place's layer its own is,
-    over all stretches (``growth[place]``; of the first 1)."""
+    ``relative[place][stretch]``, its worst token's likewise, and how many times the error of what enters a place's layer its
+    own is, over all stretches (``growth[place]``; of the first 1)."""
 
     program: str
     relative: tuple[tuple[float, ...], ...]

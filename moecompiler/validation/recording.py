@@ -16,7 +16,8 @@ class RecordingCommunicator:
     def __init__(self, inner: Communicator):
         self._inner = inner
         self.rank, self.world_size = inner.rank, inner.world_size
-        self.device: Ways | None = None  # what goes from GPU to GPU cannot be seen here: it records what goes through the host
+        # what goes from GPU to GPU cannot be seen here: it records what goes through the host
+        self.device: Ways | None = None
         self.last: np.ndarray | None = None
 
     def all_reduce(self, array: np.ndarray, group: tuple[int, ...]) -> np.ndarray:

@@ -97,7 +97,9 @@ def test_kernels_of_collectives(
     monkeypatch.setattr(device, "Device", lambda ordinal=0: SimpleNamespace(info=lambda: info))
     monkeypatch.setattr(Library, "refusal", lambda self, node, *_: None if node.op_type in COLLECTIVES else "none")
     monkeypatch.setattr(Library, "register", lambda self: None)
-    program = programs.optimized(shipped.config, RankMapping.create(2), 0, ExportOptions("float16", max_seq_len=MAX_SEQ_LEN))
+    program = programs.optimized(
+        shipped.config, RankMapping.create(2), 0, ExportOptions("float16", max_seq_len=MAX_SEQ_LEN)
+    )
     backend, settings = TensorRTBackend(Library(setting)), BuildSettings(LIMITS, parse_plugins("off"))
     staged = backend.build(program, shipped.reader, "rank0", tmp_path, settings, lambda fraction: None)
     for name, temporary in staged.items():
