@@ -12,7 +12,7 @@ from moecompiler.comparison.capture import rounded
 from moecompiler.comparison.nodes import OpNode, op_node
 from moecompiler.debugging.observe import feeds_of, run_prefix
 from moecompiler.errors import UserError
-from moecompiler.graph import Program, exchanges
+from moecompiler.graph import Program
 from moecompiler.mapping import Mapping
 from moecompiler.runtime.communicator import Communicator
 from moecompiler.runtime.threads import run_in_threads
@@ -36,14 +36,12 @@ def inputs_of_steps(
     """Of the node called ``name``, on the first rank that has it; caches go from step to step. All ranks run, as threads, each
     with all its weights.
 
-    Raises: UserError where no rank has such a node, or it exchanges with other ranks.
+    Raises: UserError where no rank has such a node.
     """
     owner = next((r for r, p in enumerate(programs) if any(n.name == name for n in p.model.graph.node)), None)
     if owner is None:
         raise UserError(f"there is no node {name}")
     node = next(node for node in programs[owner].model.graph.node if node.name == name)
-    if exchanges(node.op_type):
-        raise UserError(f"{name}: {node.op_type} exchanges with other ranks, and cannot be run alone")
     alone = op_node(programs[owner], node)
     weights = {tensor.name for tensor in programs[owner].model.graph.initializer}
     inner = [tensor for tensor in alone.inputs.values() if tensor not in weights]

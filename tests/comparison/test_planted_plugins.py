@@ -236,6 +236,8 @@ def test_nodes_of_several_ranks(
     culprit = sorted(name for name, op in plugins.items() if op == "MoE")[0]
     plant(WrongExpert(culprit, 3), monkeypatch)
     monkeypatch.setattr("moecompiler.tools.comparison.reduced.LARGEST_WEIGHTS", 1000)
+    if mapping == "--tp_size":
+        monkeypatch.setattr("moecompiler.tools.comparison.reduced.LARGEST_MODEL", 1000)
     words = ["--level", "model", "--tokens", "24", "--prompts", "0", "--work_dir", str(tmp_path / "work"), "--json"]
     capsys.readouterr()
     assert command_line(["compare", str(engines.directory), *words]) == 1

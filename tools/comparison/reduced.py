@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from moecompiler.comparison.capture import capture
 from moecompiler.comparison.cases import cases_of
 from moecompiler.comparison.exact import Exact
 from moecompiler.comparison.nodes import OpNode, as_the_op_says, family_of, weights_of
@@ -26,7 +27,7 @@ from moecompiler.comparison.step_inputs import StepInputs, inputs_of_steps
 from moecompiler.debugging.reduce import LARGEST_WEIGHTS
 from moecompiler.debugging.seeded import SeededReader
 from moecompiler.errors import UserError
-from moecompiler.graph import Program
+from moecompiler.graph import Program, exchanges
 from moecompiler.mapping import Mapping
 from moecompiler.materializing import Materializer
 from moecompiler.tools.comparison.node_programs import node_programs
@@ -34,6 +35,8 @@ from moecompiler.tools.printing import USER_ERROR, complaint
 from moecompiler.validation.place import Arrays
 from moecompiler.validation.scenario import Step
 from moecompiler.weights import TensorReader
+
+LARGEST_MODEL = 4 << 30  # bytes of all ranks' weights
 
 
 def write_reduced(
@@ -56,7 +59,8 @@ def write_reduced(
 
     found = []
     for name in names:
-        taken, tactic = inputs_of_steps(programs, mapping, reader, steps, name), tactics.get(name, "")
+        _check_alone(programs, name)
+        taken, tactic = _taken(programs, mapping, reader, steps, name), tactics.get(name, "")
         make = partial(node_programs, backend, tactic=tactic, threads=threads)
         tried, source = reduce_node(taken, steps, make, reader)
         facts = {"backend": backend, "rank": taken.rank, "tactic": tactic}
@@ -65,13 +69,31 @@ def write_reduced(
     return found
 
 
+def _check_alone(programs: Sequence[Program], name: str) -> None:
+    """Raises: UserError where a node exchanges with other ranks."""
+    ops = {node.op_type for program in programs for node in program.model.graph.node if node.name == name}
+    if any(map(exchanges, ops)):
+        raise UserError(f"{name}: {', '.join(ops)} exchanges with other ranks, and cannot be run alone")
+
+
+def _taken(
+    programs: Sequence[Program], mapping: Mapping, reader: TensorReader, steps: Sequence[Step], name: str
+) -> StepInputs:
+    """A node's inputs in every step; where that would need too much memory, in the first, for which one node's weights are in
+    memory at a time."""
+    if sum(recipe.nbytes for program in programs for recipe in program.weights.values()) <= LARGEST_MODEL:
+        return inputs_of_steps(programs, mapping, reader, steps, name)
+    (found,) = capture(programs, mapping, reader, steps[0], [name])
+    return StepInputs(found.rank, found.node, (found.feeds,))
+
+
 def reduce_node(
     taken: StepInputs, steps: Sequence[Step], make: Callable[[TensorReader], Programs], reader: TensorReader
 ) -> tuple[Tried, TensorReader | None]:
     """The inputs on which a node is furthest off, and what reads its weights: None where they are too large to be handed on,
     and are random ones of a seed instead."""
     node, tensors = taken.node, Materializer(reader)
-    inputs = list(zip(map(_describe, range(len(steps)), steps), taken.feeds, strict=True))
+    inputs = [(_describe(index, steps[index]), feeds) for index, feeds in enumerate(taken.feeds)]
     worst = worst_of(try_node(node, inputs, make(reader), tensors))
     if not worst.wrong:
         lengths = steps[0].last_token_ids + 1
