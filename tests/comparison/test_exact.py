@@ -43,7 +43,9 @@ def exact(node: OpNode, subject: Subject, feeds: dict[str, np.ndarray]) -> dict[
     return found
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(
+    "form", [pytest.param(f, marks=pytest.mark.slow) if f in ("int8", "int4") else f for f in FORMATS]
+)
 def test_bodies(shipped: Subject, fused: Callable[..., Program], form: str) -> None:
     """All of a layer's nodes and the last norm's, in float32, which float64 is near."""
     program = fused(form=form)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 import pytest
-from conftest import recipe_of
+from format_recipes import recipe_of
 
 from moecompiler.backends.base import EngineLimits
 from moecompiler.comparison.forced import extra_columns, force_routing, forced_name
