@@ -91,21 +91,26 @@ def bounds_for(
     dtype: str, formats: Collection[Format] = (), *, cache: bool = False, tokens: int = 0, against_floats: bool = False
 ) -> Bounds:
     """Of programs of ``dtype`` whose weights, or caches, are in these formats. ``against_floats``: the reference holds the
-    checkpoint's own weights, not the numbers that codes stand for; over ``tokens`` predictions."""
+    checkpoint's own weights, not the numbers that codes stand for; over ``tokens`` predictions. What then cannot be bounded
+    is infinite."""
     tolerance = for_formats(TOLERANCES[dtype], formats, cache=cache)
     kind = next((name for name, each in TOLERANCES.items() if each == tolerance), "bfloat16")
     found = against_float(tolerance, formats, tokens) if against_floats else tolerance
-    loose = 1e9 if against_floats and formats else 1.0
+    free = against_floats and bool(formats)
+
+    def bound(value: float) -> float:
+        return float("inf") if free else value
+
     return Bounds(
-        _HIDDEN[kind] * loose,
-        _REPLAYED[kind] * loose,
-        BESIDE * loose,
+        bound(_HIDDEN[kind]),
+        bound(_REPLAYED[kind]),
+        bound(BESIDE),
         found.kl,
         found.top1,
-        _PERPLEXITY[kind] + (found.kl if loose > 1 else 0.0),
+        _PERPLEXITY[kind] + (found.kl if free else 0.0),
         BETWEEN_TIMES * found.kl,
-        found.tied * loose,
-        max(tolerance.rerouted, 1e-3) if loose == 1 else 1.0,
-        _BEYOND_TIES if loose == 1 else 1.0,
+        bound(found.tied),
+        bound(max(tolerance.rerouted, 1e-3)),
+        bound(_BEYOND_TIES),
         tolerance.tie,
     )

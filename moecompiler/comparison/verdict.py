@@ -18,7 +18,8 @@ def verdict(
     model: ModelLevel | None = None,
     routing: RoutingLevel | None = None,
 ) -> tuple[Check, ...]:
-    """Of levels that were measured; of nodes the worst of each op, and all that are further from the truth."""
+    """Of levels that were measured; of nodes the worst of each op, and all that are further from the truth. What has no bound
+    is not there."""
     checks: list[Check] = []
     if op is not None:
         checks += _of_ops(op)
@@ -33,7 +34,12 @@ def verdict(
             checks += _of_layers("routing", replayed.layer, bounds.replayed_hidden, bounds.beside, REPLAYED)
         if replayed is not None and replayed.model is not None:
             checks += _of_model("routing", replayed.model, bounds, REPLAYED)
-    return tuple(checks)
+    return tuple(check for check in checks if _says_something(check))
+
+
+def _says_something(check: Check) -> bool:
+    """Whether a value could be beyond the bound."""
+    return check.bound < float("inf") if check.at_most else check.bound > 0
 
 
 def _of_ops(level: OpLevel) -> Iterator[Check]:
@@ -62,7 +68,7 @@ def _of_layers(level: str, found: LayerLevel, hidden: float, beside: float, pref
     for name, errors in whole.items():
         at = max(range(len(errors)), key=errors.__getitem__)
         yield _at_most(level, f"{prefix}relative error", f"{name}, {found.places[at]}", errors[at], hidden)
-    if len(whole) == 2:
+    if len(whole) == 2 and hidden < float("inf"):
         first, second = whole.values()
         floor = hidden / 100  # errors this small are nobody's concern
         ratios = [a / max(b, floor) for a, b in zip(first, second, strict=True)]

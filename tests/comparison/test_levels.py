@@ -160,4 +160,8 @@ def test_bounds_follow_types_and_formats() -> None:
     loose = bounds_for("float16", {Format.INT4}, tokens=1000, against_floats=True)
     assert loose.kl > half.kl
     assert loose.top1 < half.top1
-    assert bounds_for("float16", {Format.INT4}, tokens=10, against_floats=True).kl == np.inf
+    few = bounds_for("float16", {Format.INT4}, tokens=10, against_floats=True)
+    assert few.kl == few.hidden == np.inf
+    level = measure_model(REFERENCE.logits, {"A": REFERENCE.logits, "B": REFERENCE.logits}, SCENARIO, text)
+    assert verdict(few, model=level) == ()  # no check that could not fail
+    assert {check.name for check in verdict(loose, model=level)} >= {"mean KL", "top-1 agreement"}

@@ -52,6 +52,10 @@ def measure(measuring: Measuring) -> Result:
     held = held_by(measuring.reference_model)
     meta = describe(sides, measuring.scenario, measuring.text, request, runs, held, interpreted)
     checks = verdict(measuring.bounds, op, layer, model, routing)
+    if not checks:
+        measuring.notes.append(
+            "of so few tokens of quantized weights nothing is bounded: there is no verdict (--tokens)"
+        )
     return Result(meta, op, layer, model, routing, checks, tuple(measuring.notes))
 
 
