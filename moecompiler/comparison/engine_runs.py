@@ -11,9 +11,11 @@ import numpy as np
 
 from moecompiler.mapping import Mapping
 from moecompiler.runtime.communicator import Communicator
+from moecompiler.runtime.connections import connected
 from moecompiler.runtime.generation import GenerationOptions, generate
 from moecompiler.runtime.session import StageSession
 from moecompiler.runtime.threads import run_in_threads
+from moecompiler.runtime.ways import Asked
 from moecompiler.validation.scenario import Scenario
 
 OpenEngine = Callable[[int], AbstractContextManager[StageSession]]
@@ -35,7 +37,7 @@ def run_engine(open_engine: OpenEngine, mapping: Mapping, scenario: Scenario, *,
     so that what is loaded in the first step is not measured."""
 
     def run(communicator: Communicator) -> EngineRun:
-        with open_engine(communicator.rank) as session:
+        with open_engine(communicator.rank) as session, connected(Asked.auto, communicator, mapping, session):
             parts = []
             for first in range(0, len(scenario.tokens), session.max_batch_size):
                 rows = slice(first, first + session.max_batch_size)
@@ -77,7 +79,7 @@ def greedy(
     options = GenerationOptions(steps, keep_logits=True, micro_batches=1)
 
     def run(communicator: Communicator) -> tuple[list[list[int]], np.ndarray]:
-        with open_engine(communicator.rank) as session:
+        with open_engine(communicator.rank) as session, connected(Asked.auto, communicator, mapping, session):
             made = generate(session, communicator, mapping, [list(each) for each in prompts], options)
         return made.output_ids, np.empty(0) if made.logits is None else made.logits
 

@@ -92,6 +92,11 @@ class Measuring:
         return {side.name: self._runs[side.name] for side in self.sides}
 
     def watched(self, side: Side, reader: TensorReader, forced: dict[int, np.ndarray] | None) -> Run:
+        if side.backend != "onnxruntime" and side.job.mapping.world_size > 1:
+            raise UserError(
+                f"backend {side.backend}: graphs of several ranks are not looked into, which the layer and routing levels need:"
+                " give --level op,model"
+            )
         self.told(f"graphs with more outputs, {side.name}" + (", routing replayed" if forced else ""))
         programs = programs_of(side)
         opened = watched_sessions(side, programs, reader, self.opener(side, reader), self.scenario, forced is not None)
