@@ -62,9 +62,14 @@ def test_plugins_and_plain_graph(here: Here, tmp_path: Path) -> None:
     assert "ok   op: ratio of mean errors, model.layers.0.input_layernorm" in again.out
     page = json.loads((tmp_path / "export.compare" / "report" / "result.json").read_text())
     assert page["meta"]["programs"][1]["build_seconds"] is None
-    assert (
-        here("compare", str(export), "--bisect", "--level", "op", "--layers", "0", "--ops", "moe", *SHORT).status == 2
-    )
+    nodes = ("--level", "op", "--layers", "0", "--ops", "rmsnorm")
+    assert here("compare", str(export), "--bisect", *nodes, *SHORT).status == 2
+    said = here("compare", "--matrix", str(export), str(export), *nodes, "--work_dir", str(tmp_path / "both"), *SHORT)
+    assert said.status == 0
+    assert said.out.startswith("export: within bounds\nexport-2: within bounds\n")
+    table = json.loads((tmp_path / "both" / "report" / "matrix.json").read_text())
+    assert {row["artifact"] for row in table["rows"]} == {"export", "export-2"}
+    assert (tmp_path / "both" / "report" / "export-2" / "report.html").is_file()
 
 
 @pytest.mark.parametrize(
