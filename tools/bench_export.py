@@ -26,6 +26,7 @@ from pathlib import Path
 from moecompiler.atomic import write_json_atomic
 from moecompiler.config import PRESETS
 from moecompiler.sparse_checkpoint import write_sparse_checkpoint
+from moecompiler.tools.bench_packing import MAPPINGS as PACKING_MAPPINGS
 from moecompiler.tools.bench_packing import measure_packing
 
 MAPPINGS = {
@@ -162,6 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--only", choices=("export", "packing"))
     parser.add_argument("--packing_config", default="8x7b", help="Of the model one layer of which is packed.")
+    parser.add_argument("--packing", nargs="+", choices=list(PACKING_MAPPINGS), default=list(PACKING_MAPPINGS))
     options = parser.parse_args(arguments)
     shutil.rmtree(options.output, ignore_errors=True)
     options.output.mkdir(parents=True)
@@ -170,7 +172,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.only != "packing"
         else []
     )
-    packing = measure_packing(options.packing_config, options.output) if options.only != "export" else []
+    packing = (
+        [] if options.only == "export" else measure_packing(options.packing_config, options.output, options.packing)
+    )
     machine = {
         "date": date.today().isoformat(),
         "cpus": os.cpu_count(),

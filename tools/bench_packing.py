@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -79,7 +79,7 @@ def fill(directory: Path) -> None:
         sync(path)
 
 
-def measure_packing(model: str, output: Path) -> list[Packing]:
+def measure_packing(model: str, output: Path, mappings: Sequence[str]) -> list[Packing]:
     """A row for each mapping, source in the page cache or not, printed as they are made. Everything written goes again."""
     checkpoint = output / "checkpoint"
     config = replace(layers_for(load_config(model), LEAST_BYTES), dtype="bfloat16")
@@ -89,9 +89,9 @@ def measure_packing(model: str, output: Path) -> list[Packing]:
         "\n| mapping | read from | GB | packed, s | GB/s | cp, s | GB/s | of cp | |\n|---|---|---|---|---|---|---|---|---|"
     )
     rows = []
-    for mapping, flags in MAPPINGS.items():
+    for mapping in mappings:
         for cached in (True, False):
-            row = _measure(mapping, flags, cached, checkpoint, output / "work")
+            row = _measure(mapping, MAPPINGS[mapping], cached, checkpoint, output / "work")
             rows.append(row)
             print(_table_row(row), flush=True)
     shutil.rmtree(checkpoint)
