@@ -1,9 +1,10 @@
 """FP8 experts that TensorRT itself would dequantize become the float weights that their codes stand for.
 
-Without plugins TensorRT 10.6 on an H100 gives FP8 experts other numbers than their rows' scales make of them (perplexity 3.2% up
-where ONNX Runtime has 0.1%). Their products are those of floats anyway, for each expert
-rounds its input by a scale of its own; so weights are dequantized before TensorRT sees them, which is what it does with int8.
-FP8 weights ``[out, in]`` of one matrix stay: with those it computes right, in FP8.
+Without plugins TensorRT 10.6 on an H100 gave FP8 experts other numbers than their codes make (perplexity 3.2% up where ONNX
+Runtime has 0.1%). What it rounds their input to was wrong (``tensorrt_fp8_rounding``); whether their weights were too was not
+found out. Their products are those of floats anyway, for each expert rounds its input by a scale of its own; so weights are
+dequantized before TensorRT sees them, which is what it does with int8. FP8 weights ``[out, in]`` of one matrix stay: with those
+it computes right, in FP8.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import onnx
 from moecompiler.graph import Program, weight_tensor
 from moecompiler.weights import Part, Recipe
 
-NOTE = "FP8 experts that no plugin reads are float weights of the engine: TensorRT (10.6) computes wrong numbers with FP8 ones"
+NOTE = "FP8 experts that no plugin reads are float weights of the engine: TensorRT (10.6) was found wrong with FP8 ones"
 
 
 def widen_fp8_experts(program: Program) -> tuple[Program, tuple[str, ...]]:
