@@ -13,38 +13,26 @@ import tensorrt as trt
 
 from moecompiler.graph import DOMAIN
 from moecompiler.ops import VERSION, plugin_name
+from moecompiler.plugins.one_way_plugin import OneWay, shape_of
 from moecompiler.runtime.communicator import current_communicator
 from moecompiler.runtime.device_communicator import DeviceCommunicator
 from moecompiler.runtime.host_way import HostWay
-from moecompiler.runtime.lifetime import never_freed
 
 _DTYPES = {trt.DataType.HALF: "float16", trt.DataType.BF16: "bfloat16", trt.DataType.FLOAT: "float32"}
-_BASES = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
 
 
-class Collective(*_BASES):  # type: ignore[misc]
+class Collective(OneWay):
     """``x → y`` over the ranks of ``group``: the sum, or all ``x`` along the last axis. While an engine is built there is nobody
     to talk to, and ``y`` is not computed (``talks``)."""
 
-    def __init__(self, op: str, group: tuple[int, ...], talks: bool):
-        for base in _BASES:
-            base.__init__(self)
-        never_freed(self)  # see ``FusedOp``
-        self.plugin_name, self.plugin_namespace, self.plugin_version = plugin_name(op), DOMAIN, str(VERSION)
-        self.num_outputs = 1
-        self.op, self.group, self.talks = op, group, talks
+    types = tuple(_DTYPES)
 
-    def get_capability_interface(self, kind: Any) -> Collective:
-        return self
+    def __init__(self, op: str, group: tuple[int, ...], talks: bool):
+        OneWay.__init__(self, op)
+        self.op, self.group, self.talks = op, group, talks
 
     def clone(self) -> Collective:
         return Collective(self.op, self.group, self.talks)
-
-    def attach_to_context(self, context: Any) -> Collective:
-        return self.clone()
-
-    def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
-        return [input_types[0]]
 
     def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any) -> list[Any]:
         shape = trt.DimsExprs(inputs[0])
@@ -52,25 +40,6 @@ class Collective(*_BASES):  # type: ignore[misc]
             last, count = len(shape) - 1, builder.constant(len(self.group))
             shape[last] = builder.operation(trt.DimensionOperation.PROD, shape[last], count)
         return [shape]
-
-    def supports_format_combination(self, position: int, in_out: Sequence[Any], num_inputs: int) -> bool:
-        desc = in_out[position].desc
-        return desc.format == trt.TensorFormat.LINEAR and desc.type in _DTYPES and desc.type == in_out[0].desc.type
-
-    def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        """Nothing depends on shapes."""
-
-    def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        """Nothing depends on shapes."""
-
-    def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-        return 0
-
-    def get_valid_tactics(self) -> list[int]:
-        return []
-
-    def set_tactic(self, tactic: int) -> None:
-        """There is one way."""
 
     def get_fields_to_serialize(self) -> Any:
         self._array = np.array(self.group, np.int32)
@@ -91,8 +60,7 @@ class Collective(*_BASES):  # type: ignore[misc]
     ) -> int:
         if not self.talks:
             return 0
-        communicator, dims, dtype = current_communicator(), input_desc[0].dims, _DTYPES[input_desc[0].type]
-        shape = [dims[axis] for axis in range(len(dims))]
+        communicator, shape, dtype = current_communicator(), shape_of(input_desc[0]), _DTYPES[input_desc[0].type]
         ways: DeviceCommunicator = communicator.device or HostWay(communicator)
         if self.op == "AllReduce":
             ways.all_reduce(inputs[0], outputs[0], math.prod(shape), dtype, self.group, stream)

@@ -27,7 +27,7 @@ from moecompiler.runtime.device_communicator import Ways
 from moecompiler.runtime.threads import run_in_threads
 
 MODULES = tuple(
-    f"moecompiler.plugins.{name}_plugin" for name in ("tensorrt", "collective", "barrier", "all_reduce_norm")
+    f"moecompiler.plugins.{name}_plugin" for name in ("tensorrt", "collective", "barrier", "all_reduce_norm", "one_way")
 )
 BUILD = object()  # the phase, which is not looked at
 
@@ -37,7 +37,7 @@ class Setting:
 
     def __init__(self, tensorrt: Any, driver: FakeDriver):
         self.tensorrt, self.driver = tensorrt, driver
-        self.plugin, self.collective, self.barrier, self.norm = (importlib.import_module(name) for name in MODULES)
+        self.plugin, self.collective, self.barrier, self.norm, _ = (importlib.import_module(name) for name in MODULES)
 
     def made(self, op: str, **attributes: float) -> Any:
         """A node's plugin, as the parser asks for it."""
