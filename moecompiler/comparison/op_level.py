@@ -144,7 +144,7 @@ def compare_output(
         figures,
         ratio,
         interval,
-        all(each.passed for each in held(figures[first], figures[second], interval)),
+        all(each.passed for each in held(node.op, figures[first], figures[second], interval)),
         dict(times),
         int((~counted).sum()),
     )

@@ -57,7 +57,7 @@ def _lower_end(case: OpCase) -> float:
 def _of_case(case: OpCase) -> Check:
     """What failed first, or the ratio."""
     first, second = case.errors.values()
-    checks = held(first, second, case.interval)
+    checks = held(case.op, first, second, case.interval)
     told = next((each for each in checks if not each.passed), checks[0])
     subject = f"{case.node} {case.output}, {case.case}"
     return Check("op", told.name, subject, told.value, told.bound, told.passed)

@@ -9,10 +9,10 @@ import pytest
 
 from moecompiler.comparison.layer_level import measure_layers, stretches_of
 from moecompiler.comparison.model_level import EDGES, greedy_texts, histogram, measure_model
-from moecompiler.comparison.result import Flip, Stretch
+from moecompiler.comparison.result import Flip, Stretch, Ulps
 from moecompiler.comparison.routing_level import choose, measure_routing
 from moecompiler.comparison.runs import Run, seen_tokens
-from moecompiler.comparison.thresholds import bounds_for
+from moecompiler.comparison.thresholds import bounds_for, held
 from moecompiler.comparison.verdict import verdict
 from moecompiler.quantization.schemes import Format
 from moecompiler.validation.scenario import Scenario
@@ -165,3 +165,21 @@ def test_bounds_follow_types_and_formats() -> None:
     level = measure_model(REFERENCE.logits, {"A": REFERENCE.logits, "B": REFERENCE.logits}, SCENARIO, text)
     assert verdict(few, model=level) == ()  # no check that could not fail
     assert {check.name for check in verdict(loose, model=level)} >= {"mean KL", "top-1 agreement"}
+
+
+def test_what_a_node_is_held_to() -> None:
+    """A row or an element alone can be too far off; a step between two codes may be."""
+    exact, rounded = Ulps(0, 0, 0, 0, 0), Ulps(2.0, 0.3, 1.0, 1e-3, 0.4)
+    assert all(each.passed for each in held("MoE", rounded, exact, (np.inf, np.inf)))
+    worse = replace(rounded, mean=0.9)
+    assert [each.passed for each in held("MoE", worse, rounded, (1.2, 1.5))] == [False, True, True]
+    assert all(each.passed for each in held("MoE", worse, rounded, (1.0, 1.5)))
+    row, element = replace(rounded, row=2.5), replace(rounded, max=30.0)
+    assert [each.passed for each in held("MoE", row, rounded, (1.0, 1.2))] == [True, False, True]
+    assert [each.passed for each in held("MoE", element, rounded, (1.0, 1.2))] == [True, True, False]
+    for op in ("MoEFp8", "AttentionInt8Cache"):
+        assert all(each.passed for far in (row, element) for each in held(op, far, rounded, (1.0, 1.2)))
+    none = Ulps(np.inf, np.inf, np.inf, np.inf, np.inf)
+    assert [each.passed for each in held("MoE", none, rounded, None)] == [False]
+    assert [each.passed for each in held("MoE", none, none, None)] == [True]
+    assert [each.passed for each in held("MoE", rounded, none, None)] == [True]
