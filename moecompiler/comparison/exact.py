@@ -28,14 +28,7 @@ _NARROW = ("QuantizeLinear",)
 def widened(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with its functions inlined and every float a float64: it takes and gives float64 where it had another float.
     Without initializers: each is an input."""
-    with_inputs = onnx.ModelProto()
-    with_inputs.CopyFrom(model)
-    graph = with_inputs.graph
-    for tensor in graph.initializer:
-        dims = [None] * len(tensor.dims)
-        graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, dims))
-    del graph.initializer[:]
-    inlined = onnx.inliner.inline_local_functions(with_inputs)
+    inlined = onnx.inliner.inline_local_functions(all_inputs(model))
     types = _types(inlined)
     nodes = [each for node in inlined.graph.node for each in _wide_nodes(node, types)]
     del inlined.graph.node[:], inlined.graph.value_info[:]
@@ -44,6 +37,17 @@ def widened(model: onnx.ModelProto) -> onnx.ModelProto:
         if value.type.tensor_type.elem_type in _FLOATS:
             value.type.tensor_type.elem_type = _DOUBLE
     return inlined
+
+
+def all_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its initializers as inputs, of any size."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    for tensor in model.graph.initializer:
+        dims = [None] * len(tensor.dims)
+        result.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, dims))
+    del result.graph.initializer[:]
+    return result
 
 
 class Exact:
@@ -83,19 +87,21 @@ class Exact:
         return {name: value.numpy() for name, value in zip(self._outputs, results, strict=True)}
 
     def _values(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        import onnxruntime
+        return {name: ort_value(array, self._inputs[name]) for name, array in arrays.items()}
 
-        from moecompiler.backends.onnxruntime_program import as_bits
 
-        values = {}
-        for name, array in arrays.items():
-            kind = self._inputs[name]
-            if kind == _DOUBLE:
-                values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array, np.float64))
-            else:
-                bits = as_bits(Recipe(_CODES.get(kind, ""), array.shape), np.ascontiguousarray(array))
-                values[name] = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, kind)
-        return values
+def ort_value(array: np.ndarray, kind: int) -> Any:
+    """An array as ONNX Runtime takes a tensor of an ONNX type: floats are converted to it, codes are as they are, int4 one to a
+    byte."""
+    import onnxruntime
+
+    from moecompiler.backends.onnxruntime_program import as_bits
+
+    if kind in (TensorProto.FLOAT, _DOUBLE):
+        wide = np.float32 if kind == TensorProto.FLOAT else np.float64
+        return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array, wide))
+    bits = as_bits(Recipe(_CODES.get(kind, ""), array.shape), np.ascontiguousarray(array))
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, kind)
 
 
 def by_expert(weights: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:

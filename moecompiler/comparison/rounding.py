@@ -20,9 +20,9 @@ _NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _WIDE = TensorProto.FLOAT
 
 
-def lower_with_rounding(program: Program) -> Program:
+def lower_with_rounding(program: Program, *, outputs: bool = True) -> Program:
     """``lower``, with functions inlined and every narrow tensor a float32 that the narrow type holds: inputs and outputs are
-    float32, weights are what they were."""
+    float32, weights are what they were. ``outputs``: the graph's are rounded too."""
     model = onnx.inliner.inline_local_functions(program.model)
     typed = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     values = (*typed.input, *typed.output, *typed.value_info)
@@ -34,6 +34,8 @@ def lower_with_rounding(program: Program) -> Program:
         if value.type.tensor_type.elem_type in _NARROW:
             value.type.tensor_type.elem_type = _WIDE
     lowered = lower(Program(model, program.weights))
+    if not outputs:
+        narrow = {name: kind for name, kind in narrow.items() if name not in {v.name for v in model.graph.output}}
     # lowering makes float32 of casts to bfloat16 too, so rounding comes last
     _set_nodes(lowered.model, [each for node in lowered.model.graph.node for each in _rounded(node, narrow)])
     return lowered

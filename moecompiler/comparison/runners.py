@@ -10,6 +10,7 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.datatype import DataType
 
 from moecompiler.backends.onnxruntime_program import WeightCache, open_lowered
+from moecompiler.comparison.expert_by_expert import ExpertByExpert, is_large_moe
 from moecompiler.comparison.rounding import lower_with_rounding
 from moecompiler.graph import Program
 from moecompiler.validation.place import Arrays
@@ -32,6 +33,8 @@ class BodiesOnOnnxRuntime:
     def __call__(self, program: Program, examples: Sequence[Arrays]) -> BaseRunner:
         from polygraphy.backend.onnxrt import OnnxrtRunner
 
+        if is_large_moe(program):
+            return ExpertByExpert(program, examples[0], self._reader, self._threads)
         weights, lowered = WeightCache(self._reader), lower_with_rounding(program)
         return OnnxrtRunner(lambda: open_lowered(lowered, weights, self._threads), name="ootb")
 

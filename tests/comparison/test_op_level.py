@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from polygraphy.backend.base import BaseRunner
 
+from moecompiler.comparison import expert_by_expert
 from moecompiler.comparison.capture import Captured, capture
-from moecompiler.comparison.nodes import select
+from moecompiler.comparison.nodes import op_node, select
 from moecompiler.comparison.op_level import Programs, measure_ops
 from moecompiler.comparison.result import OpLevel
 from moecompiler.comparison.runners import BodiesOnOnnxRuntime, infer
@@ -158,3 +159,28 @@ def test_capture_of_several_ranks(shipped: Subject, programs: Programs, scenario
         query, wanted = mine.feeds["query"], all_of_it.feeds["query"]
         np.testing.assert_allclose(query, wanted[..., : query.shape[-1]], atol=2e-4)
         assert query.shape[-1] == wanted.shape[-1] // 2
+
+
+@pytest.mark.parametrize("form", ["none", "int4_asymmetric"])
+def test_experts_one_at_a_time_are_the_body(
+    shipped: Subject,
+    fused: Callable[..., Program],
+    captured: list[Captured],
+    monkeypatch: pytest.MonkeyPatch,
+    form: str,
+) -> None:
+    """As a layer of full size is run: the same bits but for the order of sums."""
+    program = fused("float16", form)
+    (node,) = (op_node(program, each) for each in select(program.model, [LAYER], ["moe"]))
+    feeds = {node.inputs[name]: captured[-1].feeds[name] for name in ("x", "router")}
+    opener = BodiesOnOnnxRuntime(shipped.reader, 1)
+    with opener(node.program, [feeds]) as whole:
+        expected = infer(whole, feeds)
+    monkeypatch.setattr(expert_by_expert, "LARGE", 1000)
+    with opener(node.program, [feeds]) as runner:
+        assert isinstance(runner, expert_by_expert.ExpertByExpert)
+        got = infer(runner, feeds)
+        assert runner.last_inference_time() > 0
+    for name, value in expected.items():
+        assert (got[name] != value).mean() < 0.01
+        np.testing.assert_allclose(got[name], value, rtol=2e-3, atol=1e-4)
