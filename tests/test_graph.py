@@ -11,7 +11,7 @@ import pytest
 from graphs import facts, program, whole
 from readers import ArrayReader
 
-from moecompiler import safetensors_file
+from moecompiler import safetensors_writing
 from moecompiler.errors import UserError
 from moecompiler.graph import (
     Program,
@@ -80,7 +80,7 @@ def test_weights_are_where_the_graph_says(tmp_path: Path) -> None:
     """Written in the packed order, the weights are found by ONNX itself at the offsets of the serialized graph."""
     saved = program(TEXT, RECIPES)
     path = save(saved, tmp_path)
-    safetensors_file.write(
+    safetensors_writing.write(
         tmp_path / "rank0.safetensors",
         tensors_of(saved.weights),
         lambda name: materialize(RECIPES[name], READER),

@@ -90,9 +90,19 @@ def fail_here(kind: str, progress: ProgressFn) -> Any:
     return fail(kind)
 
 
-def children() -> list[psutil.Process]:
+Children = Callable[[], list[psutil.Process]]
+
+
+def descendants() -> list[psutil.Process]:
     # multiprocessing's resource tracker stays for the life of the process that first spawned.
     return [p for p in psutil.Process().children(recursive=True) if "resource_tracker" not in " ".join(p.cmdline())]
+
+
+@pytest.fixture
+def children() -> Children:
+    """Processes that were not there before the test: one that interprets kernels for other tests may be."""
+    before = descendants()
+    return lambda: [each for each in descendants() if each not in before]
 
 
 def gone(pids: list[int], seconds: float) -> bool:
@@ -102,7 +112,7 @@ def gone(pids: list[int], seconds: float) -> bool:
     return not any(psutil.pid_exists(pid) for pid in pids)
 
 
-def test_processes_give_what_one_gives() -> None:
+def test_processes_give_what_one_gives(children: Children) -> None:
     arrived: list[int] = []
     here = run_ranks(square, [3, 1, 2], 1, "square", on_result=lambda item, result: arrived.append(item))
     assert arrived == [3, 1, 2]
@@ -142,7 +152,7 @@ def test_thread_limits(monkeypatch: pytest.MonkeyPatch) -> None:
         ("SIGKILL", UserError, r"^1 SIGKILL: its process was killed by signal 9 \(out of memory\?\)$"),
     ],
 )
-def test_first_failure_ends_the_others(kind: str, error: type[Exception], message: str) -> None:
+def test_first_failure_ends_the_others(kind: str, error: type[Exception], message: str, children: Children) -> None:
     start = time.monotonic()
     with pytest.raises(error, match=message) as caught:
         run_ranks(second_fails, ["0", f"1 {kind}"], 2, "fail")
@@ -162,7 +172,7 @@ def test_errors_that_cannot_be_sent_as_they_are(error: BaseException) -> None:
     assert sent.__notes__[0].startswith("in the worker of rank 7:\n")
 
 
-def test_a_worker_that_will_not_end_is_killed() -> None:
+def test_a_worker_that_will_not_end_is_killed(children: Children) -> None:
     start = time.monotonic()
     with pytest.raises(UserError):
         run_ranks(second_fails, ["2", "1 user"], 2, "fail")
@@ -178,7 +188,7 @@ def test_failure_in_this_process() -> None:
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_error_while_committing_ends_the_workers(error: type[BaseException]) -> None:
+def test_error_while_committing_ends_the_workers(error: type[BaseException], children: Children) -> None:
     def commit(item: str, result: object) -> None:
         raise error("disk full")
 

@@ -89,26 +89,31 @@ class TensorRTRTXBackend:
         names = ["engine.json", "onnx", *(["safetensors"] if lowered.bound else [])]
         staged = {f"{stem}.{name}": temporary_path(directory / f"{stem}.{name}") for name in names}
         begun = 0.0
-        if lowered.bound:
-            begun = _WEIGHTS_SHARE / 2
-            bound = [(staged[f"{stem}.safetensors"], lowered.bound)]
-            pack(bound, reader, lambda fraction: progress(begun * fraction))
-        record = {
-            "compute_capabilities": _capabilities(settings),
-            "tensorrt_rtx": import_tensorrt_rtx().__version__,
-            "prefill_rows": prefill_rows(settings.limits),
-            "bound": list(lowered.bound),
-            "aliases": dict(lowered.aliases),
-            "communicator": lowered.group,
-            "notes": list(lowered.notes),
-            "shared": shared,
-        }
-        staged[f"{stem}.onnx"].write_bytes(_without_weights(lowered))
-        staged[f"{stem}.engine.json"].write_text(json.dumps(record, indent=1))
-        if shared is None:
-            staged |= _build_plan(
-                lowered, reader, stem, directory, settings, lambda fraction: progress(begun + (1 - begun) * fraction)
-            )
+        try:
+            if lowered.bound:
+                begun = _WEIGHTS_SHARE / 2
+                bound = [(staged[f"{stem}.safetensors"], lowered.bound)]
+                pack(bound, reader, lambda fraction: progress(begun * fraction))
+            record = {
+                "compute_capabilities": _capabilities(settings),
+                "tensorrt_rtx": import_tensorrt_rtx().__version__,
+                "prefill_rows": prefill_rows(settings.limits),
+                "bound": list(lowered.bound),
+                "aliases": dict(lowered.aliases),
+                "communicator": lowered.group,
+                "notes": list(lowered.notes),
+                "shared": shared,
+            }
+            staged[f"{stem}.onnx"].write_bytes(_without_weights(lowered))
+            staged[f"{stem}.engine.json"].write_text(json.dumps(record, indent=1))
+            if shared is None:
+                staged |= _build_plan(
+                    lowered, reader, stem, directory, settings, lambda fraction: progress(begun + (1 - begun) * fraction)
+                )
+        except BaseException:
+            for path in staged.values():
+                path.unlink(missing_ok=True)
+            raise
         progress(1.0)
         return staged
 

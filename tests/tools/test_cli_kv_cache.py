@@ -46,7 +46,7 @@ def test_compiled_run_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["run", "--engine_dir", str(out), "--max_output_len", "4", "--input_text", "def"]) == 0
     session = OnnxRuntimeSession(open_session(out / "rank0.onnx", 1), EngineLimits(2, 8, 16, 1536))
     session.start(2)
-    assert {cache.numpy().dtype.name for cache in session._caches} == {"int8"}
+    assert {cache.numpy().dtype.name for cache in session._empty(2)} == {"int8"}
 
 
 @pytest.mark.parametrize(
