@@ -115,6 +115,7 @@ def test_numbers_under_pointer_and_keys(page: Page) -> None:
     assert len(said) == 3
     assert said[0].startswith("model.layers.")
     assert re.fullmatch(r"plugins on: \S+, worst token \S+", said[1])
+    page.mouse.move(0, 0)
     page.locator("#model .strip:visible").focus()
     page.keyboard.press("ArrowLeft")
     assert "position 23, decode\nplugins on: KL 2.0e+00" in tip_of(page)

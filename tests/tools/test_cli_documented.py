@@ -33,6 +33,7 @@ def runnable_commands() -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
+@pytest.mark.slow
 @pytest.mark.mpi
 @pytest.mark.xdist_group("documented")
 def test_every_command_that_is_there(here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,12 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+OFTEN = ("a graph is written", "one rank of two is optimized", "weights are written")
+
+
+@pytest.mark.parametrize(
+    "moment", [pytest.param(each, marks=[] if each in OFTEN else pytest.mark.slow) for each in MOMENTS]
+)
 def test_a_killed_compile_is_taken_up_again(moment: str, whole: Path, here: Here, tmp_path: Path) -> None:
     directory = tmp_path / "engines"
     if "export" not in moment and moment not in ("it has begun", "a graph is written"):
