@@ -33,7 +33,7 @@ class OneWay(*_BASES):  # type: ignore[misc]
         return self
 
     def attach_to_context(self, context: Any) -> OneWay:
-        return self.clone()  # type: ignore[no-any-return]
+        return self.clone()
 
     def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
         return [input_types[0]]
