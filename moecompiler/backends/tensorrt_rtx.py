@@ -108,7 +108,12 @@ class TensorRTRTXBackend:
             staged[f"{stem}.engine.json"].write_text(json.dumps(record, indent=1))
             if shared is None:
                 staged |= _build_plan(
-                    lowered, reader, stem, directory, settings, lambda fraction: progress(begun + (1 - begun) * fraction)
+                    lowered,
+                    reader,
+                    stem,
+                    directory,
+                    settings,
+                    lambda fraction: progress(begun + (1 - begun) * fraction),
                 )
         except BaseException:
             for path in staged.values():
