@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import tiny_config
 from cli import Here, contents
 
 from moecompiler.artifact import Artifact
@@ -116,3 +117,21 @@ def test_engines_for_rtx_cards_share_plans(
     assert len(list(tmp_path.glob("*.plan"))) == 2
     described = " ".join(here("inspect", tmp_path).out.split())  # lines are broken
     assert f"shares {shared[0]} with ranks of the same graph" in described
+
+
+@pytest.mark.slow  # as above: one plan
+def test_eight_ranks_of_experts_have_one_plan(here: Here, tmp_path: Path) -> None:
+    config = tiny_config(num_attention_heads=8, num_key_value_heads=8, num_local_experts=8, num_hidden_layers=1)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    mapping = ("--tp_size", 8, "--moe_ep_size", 8, "--dtype", "float16")
+    options = ("--backend", "tensorrt-rtx", "--compute_capability", "8.9", "--moe_weights", "all")
+    limits = ("--max_seq_len", 16, "--max_input_len", 8, "--max_batch_size", 2)
+    output = here(
+        "compile", "--model", tmp_path / "config.json", "--output_dir", tmp_path / "out", *mapping, *options, *limits
+    )
+    assert output.status == 0, output.err
+    made = Artifact.open(tmp_path / "out")
+    made.check()
+    assert len({made.rank_info(rank)["engine"]["shared"] for rank in range(8)}) == 1
+    assert len(list((tmp_path / "out").glob("*.plan"))) == 1
+    assert len(list((tmp_path / "out").glob("rank*.safetensors"))) == 8
