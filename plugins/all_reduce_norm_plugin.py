@@ -9,6 +9,7 @@ from typing import Any
 from moecompiler.plugins.fields import Baked
 from moecompiler.plugins.launch import ALIGNMENT
 from moecompiler.plugins.library import PluginOp
+from moecompiler.plugins.one_way_plugin import shape_of
 from moecompiler.plugins.tensorrt_plugin import Creator, FusedOp, Modules
 from moecompiler.runtime.communicator import current_communicator
 from moecompiler.runtime.device_communicator import BYTES, DeviceCommunicator
@@ -44,7 +45,7 @@ class AllReduceNorm(FusedOp):
         if not self.talks:
             return FusedOp.enqueue(self, input_desc, output_desc, inputs, outputs, workspace, stream)
         communicator, dtype, attributes = current_communicator(), self.baked.dtype, self.baked.attributes
-        shape = [input_desc[1].dims[axis] for axis in range(len(input_desc[1].dims))]
+        shape = shape_of(input_desc[1])
         rows, hidden, group = math.prod(shape[:-1]), shape[-1], tuple(attributes["group"])
         ways = communicator.device
         norming = ways.norming(rows, hidden, dtype, group) if ways is not None else None

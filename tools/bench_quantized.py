@@ -39,7 +39,7 @@ from moecompiler.runtime.prompts import load_tokenizer
 from moecompiler.smoothed_checkpoint import FILE, SmoothedCheckpoint
 from moecompiler.tools.calibration import samples_of
 from moecompiler.tools.flags import CalibrationFlags
-from moecompiler.validation.difference import log_softmax
+from moecompiler.validation.difference import kl_divergence, log_softmax
 from moecompiler.validation.quality import load_hf
 from moecompiler.validation.scenario import Step
 
@@ -114,7 +114,7 @@ def rows_of(
                 sum(each.nbytes for each in made.weights.values()),
                 mine,
                 mine / wanted - 1,
-                float((np.exp(text.expected) * (text.expected - found)).sum(-1).mean()),
+                float(kl_divergence(text.expected, found).mean()),
                 float((found.argmax(-1) == text.expected.argmax(-1)).mean()),
                 float((chosen_experts(made, weights, text.tokens) != unchanged).any(-1).mean()),
             )

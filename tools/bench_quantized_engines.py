@@ -32,7 +32,7 @@ from moecompiler.runtime.threads import run_in_threads
 from moecompiler.tools.job import Job
 from moecompiler.tools.run import load_rank
 from moecompiler.tools.text import encode_text
-from moecompiler.validation.difference import log_softmax
+from moecompiler.validation.difference import kl_divergence, log_softmax
 from moecompiler.validation.engine_run import engine_logits
 from moecompiler.validation.quality import compare, hf_logits, load_hf
 from moecompiler.validation.scenario import Scenario
@@ -175,7 +175,7 @@ def pairs_of(logits: Mapping[str, np.ndarray], rounded: Mapping[str, float] | No
             continue
         ours, theirs = logits[name], logits[f"{base}-off"]
         on, off = log_softmax(ours), log_softmax(theirs)
-        kl = float((np.exp(off) * (off - on)).sum(-1).mean())
+        kl = float(kl_divergence(off, on).mean())
         same = float((ours.argmax(-1) == theirs.argmax(-1)).mean())
         divergences = [(rounded or {}).get(each, 0.0) for each in (name, f"{base}-off")]
         bound = max(APART, ROUNDED_APART * min(divergences))

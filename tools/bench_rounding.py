@@ -27,14 +27,9 @@ from moecompiler.passes.pipelines import PLUGINS, named_pipelines
 from moecompiler.pipeline import run_passes
 from moecompiler.quantization.recipe import QuantizationRecipe
 from moecompiler.tools.bench_quantized import FORMATS, calibration_of, logits_of, read_text, with_static_scales
-from moecompiler.validation.difference import log_softmax
+from moecompiler.validation.difference import kl_divergence, log_softmax
 
 DTYPES = ("float32", "float16")
-
-
-def divergence(exact: np.ndarray, other: np.ndarray) -> float:
-    """Mean over tokens; log-probabilities ``[…, vocab]``."""
-    return float((np.exp(exact) * (exact - other)).sum(-1).mean())
 
 
 def measure(
@@ -56,8 +51,8 @@ def measure(
     return [
         {
             "format": name,
-            "between": divergence(found["float32", name], found["float16", name]),
-            "from_float32": divergence(exact, found["float32", name]),
+            "between": float(kl_divergence(found["float32", name], found["float16", name]).mean()),
+            "from_float32": float(kl_divergence(exact, found["float32", name]).mean()),
         }
         for name in formats
     ]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from moecompiler.comparison.result import Between, Greedy, GreedyText, Histogram, LogitErrors, ModelLevel, Token
-from moecompiler.validation.difference import log_softmax, relative_error
+from moecompiler.validation.difference import kl_divergence, log_softmax, relative_error
 from moecompiler.validation.scenario import Scenario
 
 EDGES = (0.0, *(10.0**power for power in np.arange(-7, 2.5, 0.5)), float("inf"))
@@ -64,7 +64,7 @@ def _errors(name: str, logits: np.ndarray, reference: np.ndarray, exact: np.ndar
     with np.errstate(invalid="ignore", over="ignore"):
         errors = np.abs(logits.astype(np.float64) - reference)
         mine = log_softmax(logits)
-        divergence = (np.exp(exact) * (exact - mine)).sum(-1)
+        divergence = kl_divergence(exact, mine)
     divergence = np.where(np.isfinite(divergence), np.maximum(divergence, 0.0), np.inf)
     ours, theirs = (np.argsort(-each, axis=-1, kind="stable")[..., :_LIKELY] for each in (logits, reference))
     shared = (ours[..., :, None] == theirs[..., None, :]).any(-1).mean()
@@ -84,7 +84,7 @@ def _errors(name: str, logits: np.ndarray, reference: np.ndarray, exact: np.ndar
 def _between(first: np.ndarray, second: np.ndarray) -> Between:
     with np.errstate(invalid="ignore", over="ignore"):
         on, off = log_softmax(first), log_softmax(second)
-        kl = float((np.exp(off) * (off - on)).sum(-1).mean())
+        kl = float(kl_divergence(off, on).mean())
         largest = float(np.abs(first.astype(np.float64) - second).max())
     same = float((first.argmax(-1) == second.argmax(-1)).mean())
     return Between(kl if np.isfinite(kl) else float("inf"), same, largest if np.isfinite(largest) else float("inf"))

@@ -36,12 +36,17 @@ def logits_differ(logits: np.ndarray, reference: np.ndarray, tolerance: Toleranc
     max_abs = float(error.max()) if finite else float("inf")
     norm = float(np.linalg.norm(reference.astype(np.float64)))
     relative = float(np.linalg.norm(error)) / max(norm, np.finfo(np.float64).tiny) if finite else float("inf")
-    kl = float((np.exp(theirs) * (theirs - ours)).sum(-1).mean()) if finite else float("inf")
+    kl = float(kl_divergence(theirs, ours).mean()) if finite else float("inf")
     agree = logits.argmax(-1) == reference.argmax(-1)
     ties = min(int(at_tie(logits, reference, tolerance.tied).sum()), tolerance.ties)
     likely = (int(agree.sum()) + ties) / agree.size >= tolerance.top1
     passed = tolerance.worst(error.max(-1)) <= tolerance.logits and kl <= tolerance.kl and likely
     return Difference(max_abs, relative, float(agree.mean()), kl, passed, ties)
+
+
+def kl_divergence(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Of ``other`` from ``reference``, in nats: log-probabilities ``[..., vocab]`` to ``[...]``."""
+    return (np.exp(reference) * (reference - other)).sum(-1)
 
 
 def at_tie(logits: np.ndarray, reference: np.ndarray, gap: float) -> np.ndarray:
